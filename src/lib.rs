@@ -1,0 +1,1 @@
+//! Tranche: a paravirtualized micro-VM monitor over KVM.
