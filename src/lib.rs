@@ -1,1 +1,28 @@
 //! Tranche: a paravirtualized micro-VM monitor over KVM.
+//!
+//! One process is one micro-VM. Each module is a room of the house; data flows from the top of this list to
+//! the bottom, and a room uses only rooms below it (`config` and `observe` are open to all):
+//!
+//! - [`cli`]: one file per verb; parse, call, render
+//! - [`machine`]: a running VM; the builder, the lifecycle, the one owner of it all
+//! - [`boot`]: from a kernel file to the first instruction
+//! - [`platform`]: what a PC needs: memory map, ACPI tables, buses, interrupts, PCI root, serial, reset
+//! - [`cpu`]: a vCPU: CPUID, MSRs, registers, run loop
+//! - [`devices`]: one virtio device per file; each knows its queues, never its transport
+//! - [`virtio`]: the device contract, queues and the PCI transport
+//! - [`backend`]: the host side of a device: disk files, taps; every host file enters here
+//! - [`memory`]: guest RAM: regions, backing, dirty tracking
+//! - [`config`]: what a VM is: plain data with defaults, units and validation
+//! - [`observe`]: logs and the boot timeline
+
+pub mod backend;
+pub mod boot;
+pub mod cli;
+pub mod config;
+pub mod cpu;
+pub mod devices;
+pub mod machine;
+pub mod memory;
+pub mod observe;
+pub mod platform;
+pub mod virtio;

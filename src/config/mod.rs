@@ -1,0 +1,1 @@
+//! What a VM is: plain data with defaults, units and validation.

@@ -1,0 +1,11 @@
+//! How the first vCPU enters the kernel.
+
+/// The state the first vCPU starts in. The loader has put everything it points to into guest memory.
+#[derive(Debug, Clone, Copy, PartialEq, Eq)]
+pub enum EntryPoint {
+    /// PVH (Xen's x86/HVM direct boot ABI): 32-bit protected mode without paging, EBX = start info.
+    Pvh { rip: u64, start_info: u64 },
+    /// Linux's 64-bit boot protocol: long mode, identity-mapped, RSI = zero page. Page tables with root at
+    /// `layout::PAGE_TABLES`, GDT at `layout::GDT` (null, null, code64, data).
+    Linux64 { rip: u64, zero_page: u64 },
+}

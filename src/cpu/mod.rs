@@ -1,0 +1,5 @@
+//! A vCPU: CPUID, MSRs, registers, run loop.
+
+mod entry;
+
+pub use entry::EntryPoint;

@@ -1,0 +1,87 @@
+//! Guest RAM: regions, their backing, and dirty tracking.
+
+mod dirty;
+mod iobuf;
+
+use std::num::NonZeroUsize;
+use std::sync::Arc;
+
+use thiserror::Error;
+use vm_memory::mmap::{MmapRegionBuilder, MmapRegionError};
+use vm_memory::{GuestAddress, GuestMemoryBackend, GuestMemoryMmap, GuestMemoryRegion, GuestRegionMmap};
+
+pub use dirty::DirtyBitmap;
+pub use iobuf::{IoBuf, IoBufError};
+
+/// The regions of guest RAM, in ascending order. Every host write through it marks the page dirty.
+pub type RamRegions = GuestMemoryMmap<DirtyBitmap>;
+
+/// Guest RAM as devices and loaders hold it: shared, and alive for as long as anyone may still write to it.
+pub type Ram = Arc<RamRegions>;
+
+pub const PAGE_SIZE: u64 = 4096;
+
+#[derive(Debug, Error)]
+pub enum MemoryError {
+    #[error("cannot reserve {size} bytes of address space for guest memory")]
+    Map { size: u64, source: MmapRegionError },
+    #[error("guest memory ranges overlap or leave the address space")]
+    Layout,
+}
+
+/// Maps anonymous private memory for each `(guest address, bytes)` range.
+///
+/// Nothing is touched: the host pays for a page when the guest (or a loader) first writes it. Transparent huge
+/// pages are asked for, as the guest's nested page walks gain most from them.
+pub fn anonymous(ranges: &[(GuestAddress, u64)]) -> Result<Ram, MemoryError> {
+    let mut regions = Vec::with_capacity(ranges.len());
+    for &(start, size) in ranges {
+        let bytes = usize::try_from(size).map_err(|_| MemoryError::Layout)?;
+        let mapping = MmapRegionBuilder::new_with_bitmap(bytes, DirtyBitmap::with_pages(bytes))
+            .with_mmap_prot(libc::PROT_READ | libc::PROT_WRITE)
+            .with_mmap_flags(libc::MAP_ANONYMOUS | libc::MAP_PRIVATE | libc::MAP_NORESERVE)
+            .build()
+            .map_err(|source| MemoryError::Map { size, source })?;
+        advise_huge_pages(&mapping);
+        regions.push(GuestRegionMmap::new(mapping, start).ok_or(MemoryError::Layout)?);
+    }
+    GuestMemoryMmap::from_regions(regions).map(Arc::new).map_err(|_| MemoryError::Layout)
+}
+
+#[expect(unsafe_code, reason = "madvise works on raw addresses")]
+fn advise_huge_pages(mapping: &vm_memory::MmapRegion<DirtyBitmap>) {
+    // SAFETY: the range is exactly the mapping, which is alive; the advice changes no content.
+    // A kernel built without huge pages says no, which costs nothing but speed.
+    let _ = unsafe { rustix::mm::madvise(mapping.as_ptr().cast(), mapping.size(), rustix::mm::Advice::LinuxHugepage) };
+}
+
+/// Total bytes of RAM.
+#[must_use]
+pub fn total_bytes(ram: &RamRegions) -> u64 {
+    ram.iter().map(GuestMemoryRegion::len).sum()
+}
+
+pub(crate) const PAGE: NonZeroUsize = NonZeroUsize::new(PAGE_SIZE as usize).expect("not zero");
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+    use vm_memory::Bytes;
+    use vm_memory::bitmap::Bitmap;
+
+    #[test]
+    fn host_writes_are_tracked_and_nothing_else() {
+        let ram = anonymous(&[(GuestAddress(0), 0x10_0000), (GuestAddress(0x1_0000_0000), 0x10_0000)]).unwrap();
+        ram.write_obj(1u64, GuestAddress(0x1_0000_3ffc)).unwrap();
+        let region = ram.find_region(GuestAddress(0x1_0000_0000)).unwrap();
+        let dirty: Vec<u64> = (0..16).filter(|p| region.bitmap().dirty_at((p * PAGE_SIZE) as usize)).collect();
+        assert_eq!(dirty, [3, 4]);
+        assert!(!ram.find_region(GuestAddress(0)).unwrap().bitmap().dirty_at(0));
+        assert_eq!(total_bytes(&ram), 0x20_0000);
+    }
+
+    #[test]
+    fn overlapping_ranges_are_refused() {
+        assert!(anonymous(&[(GuestAddress(0), 0x2000), (GuestAddress(0x1000), 0x2000)]).is_err());
+    }
+}

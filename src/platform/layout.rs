@@ -1,0 +1,95 @@
+//! The guest physical address space, in one place. Addresses and sizes in bytes.
+//!
+//! ```text
+//! 0            real-mode area, zero page, page tables, command line
+//! 0xe_0000     RSDP and ACPI tables
+//! 0x10_0000    kernel, initrd, RAM ...
+//! 0xc000_0000  platform devices (boot mark, event device)   ┐
+//! 0xd000_0000  32-bit PCI window                            │ the gap: no RAM
+//! 0xe000_0000  PCI configuration space (ECAM)               │
+//! 0xfec0_0000  IOAPIC, LAPIC, KVM's own pages               ┘
+//! 4 GiB        RAM beyond 3 GiB
+//! ```
+
+use vm_memory::GuestAddress;
+
+/// GDT for the 64-bit entry.
+pub const GDT: u64 = 0x500;
+/// PVH start info, its memory map and module list.
+pub const PVH_INFO: u64 = 0x6000;
+/// The zero page (`struct boot_params`).
+pub const ZERO_PAGE: u64 = 0x7000;
+/// Identity-mapped page tables for the 64-bit entry: PML4, PDPT, then PDs for the first 4 GiB.
+pub const PAGE_TABLES: u64 = 0x9000;
+/// Initial stack pointer.
+pub const BOOT_STACK: u64 = 0x8ff0;
+pub const CMDLINE: u64 = 0x2_0000;
+/// Room for the command line, its final NUL included.
+pub const CMDLINE_MAX: u64 = 0x1_0000;
+/// End of the RAM below the legacy hole.
+pub const LOW_RAM_END: u64 = 0x9_fc00;
+/// ACPI: the RSDP first, the other tables behind it.
+pub const ACPI: u64 = 0xe_0000;
+pub const ACPI_END: u64 = 0x10_0000;
+pub const HIGH_RAM: u64 = 0x10_0000;
+
+/// No RAM from here ...
+pub const GAP_START: u64 = 0xc000_0000;
+/// ... up to here.
+pub const GAP_END: u64 = 0x1_0000_0000;
+
+/// Boot mark: the guest writes the byte 123 when userspace starts.
+pub const BOOT_MARK: u64 = 0xc000_0000;
+/// Registers of the ACPI generic event device.
+pub const EVENT_DEVICE: u64 = 0xc000_1000;
+pub const EVENT_DEVICE_SIZE: u64 = 0x1000;
+
+pub const PCI_WINDOW: u64 = 0xd000_0000;
+pub const PCI_WINDOW_SIZE: u64 = 0x1000_0000;
+pub const ECAM: u64 = 0xe000_0000;
+/// One bus: 1 MiB.
+pub const ECAM_SIZE: u64 = 0x10_0000;
+
+pub const IOAPIC: u64 = 0xfec0_0000;
+pub const LAPIC: u64 = 0xfee0_0000;
+/// Three pages KVM needs on Intel, and one more for its identity map.
+pub const KVM_TSS: u64 = 0xfffb_d000;
+pub const KVM_IDENTITY_MAP: u64 = 0xfffb_c000;
+
+/// Legacy interrupt lines (GSIs, through the IOAPIC).
+pub const SERIAL_GSI: u32 = 4;
+pub const EVENT_GSI: u32 = 5;
+/// The IOAPIC has this many pins; MSI routes get the GSIs after them.
+pub const IOAPIC_PINS: u32 = 24;
+
+pub const SERIAL_PORT: u16 = 0x3f8;
+pub const I8042_COMMAND_PORT: u16 = 0x64;
+pub const PVPANIC_PORT: u16 = 0x505;
+/// ACPI sleep control, sleep status and reset registers.
+pub const SLEEP_CONTROL_PORT: u16 = 0x600;
+pub const SLEEP_STATUS_PORT: u16 = 0x601;
+pub const RESET_PORT: u16 = 0x602;
+pub const RESET_VALUE: u8 = 1;
+
+/// Where `size` bytes of RAM go: around the gap.
+#[must_use]
+pub fn ram_ranges(size: u64) -> Vec<(GuestAddress, u64)> {
+    let low = size.min(GAP_START);
+    let mut ranges = vec![(GuestAddress(0), low)];
+    if size > low {
+        ranges.push((GuestAddress(GAP_END), size - low));
+    }
+    ranges
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    #[test]
+    fn ram_goes_around_the_gap() {
+        assert_eq!(ram_ranges(128 << 20), [(GuestAddress(0), 128 << 20)]);
+        assert_eq!(ram_ranges(GAP_START), [(GuestAddress(0), GAP_START)]);
+        assert_eq!(ram_ranges(5 << 30), [(GuestAddress(0), 3 << 30), (GuestAddress(4 << 30), 2 << 30)]);
+    }
+}

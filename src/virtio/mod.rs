@@ -1,0 +1,16 @@
+//! The virtio 1.2 device contract, its queues, and the PCI transport.
+
+pub mod device;
+pub mod queue;
+
+pub use device::{DeviceEvents, DeviceKind, QueueLayout, QueueResources, QueueState, VirtioDevice};
+pub use queue::{Chain, RingError, Virtqueue};
+
+/// Feature bits every device offers (virtio 1.2, section 6).
+pub mod feature {
+    pub const INDIRECT_DESC: u64 = 1 << 28;
+    pub const EVENT_IDX: u64 = 1 << 29;
+    pub const VERSION_1: u64 = 1 << 32;
+    /// What the queues themselves implement, for any device.
+    pub const RING: u64 = INDIRECT_DESC | EVENT_IDX | VERSION_1;
+}
