@@ -1,1 +1,217 @@
 //! What a VM is: plain data with defaults, units and validation.
+
+mod options;
+mod units;
+
+use std::path::PathBuf;
+
+use thiserror::Error;
+
+pub use units::{MacAddress, MemorySize};
+
+/// Most vCPUs a VM can have.
+pub const MAX_CPUS: u8 = 64;
+/// Least guest memory, in bytes. A kernel may need more, which its loader says.
+pub const MIN_MEMORY: u64 = 32 << 20;
+/// PCI slots for devices: one bus of 32, less the host bridge.
+pub const MAX_DEVICES: usize = 31;
+/// Kernel arguments that come before the user's own.
+pub const DEFAULT_CMDLINE: &str = "console=ttyS0 panic=1";
+
+#[derive(Debug, Error, PartialEq, Eq)]
+pub enum ConfigError {
+    #[error("'{0}' is not a size: give bytes or a number with K, M, G or T, such as 512M")]
+    Size(String),
+    #[error("'{0}' is not a MAC address: give six pairs of hex digits, such as 52:54:00:12:34:56")]
+    Mac(String),
+    #[error("MAC address {0} is a multicast address: the first byte must be even")]
+    MulticastMac(String),
+    #[error("MTU {0} is out of range: 68 to 65535 bytes")]
+    Mtu(String),
+    #[error("unknown option '{key}': {known} are known here")]
+    UnknownOption { key: String, known: &'static str },
+    #[error("option '{0}' is given twice")]
+    RepeatedOption(String),
+    #[error("option '{key}' cannot be '{value}': it takes {takes}")]
+    OptionValue { key: &'static str, value: String, takes: &'static str },
+    #[error("a path is missing")]
+    NoPath,
+    #[error("a tap is missing: give tap=NAME")]
+    NoTap,
+    #[error("disk id '{0}' is not 1 to 20 characters of a-z, A-Z, 0-9, '_', '-' and '.'")]
+    DiskId(String),
+    #[error("two disks have the id '{0}'")]
+    RepeatedDiskId(String),
+    #[error("two network cards have the MAC address {0}")]
+    RepeatedMac(MacAddress),
+    #[error("the tap '{0}' is given to two network cards")]
+    RepeatedTap(String),
+    #[error("{0} vCPUs are out of range: 1 to {MAX_CPUS}")]
+    Cpus(u8),
+    #[error("{0} of memory is too little: {min} at least", min = MemorySize(MIN_MEMORY))]
+    Memory(MemorySize),
+    #[error("memory has to be a multiple of 4 KiB: {0} bytes is not")]
+    MemoryUnit(u64),
+    #[error("{0} devices are too many: {MAX_DEVICES} at most")]
+    TooManyDevices(usize),
+}
+
+/// A whole VM.
+#[derive(Debug, Clone, PartialEq, Eq)]
+pub struct VmConfig {
+    pub kernel: PathBuf,
+    pub initrd: Option<PathBuf>,
+    /// Added to what the VM's own shape asks for.
+    pub cmdline: Option<String>,
+    pub cpus: u8,
+    pub memory: MemorySize,
+    /// The first one is the root disk if it says so.
+    pub disks: Vec<DiskConfig>,
+    pub nics: Vec<NetConfig>,
+    pub serial: SerialConfig,
+}
+
+#[derive(Debug, Clone, PartialEq, Eq)]
+pub struct DiskConfig {
+    pub path: PathBuf,
+    pub read_only: bool,
+    /// What the guest sees as the disk's serial number.
+    pub id: Option<String>,
+    pub cache: CacheMode,
+    pub root: bool,
+}
+
+/// What a guest's flush means.
+#[derive(Debug, Clone, Copy, PartialEq, Eq, Default)]
+pub enum CacheMode {
+    /// A flush reaches the disk before it is answered.
+    #[default]
+    Writeback,
+    /// No flush is offered: a power loss of the host may lose what the guest has synced.
+    Unsafe,
+}
+
+#[derive(Debug, Clone, PartialEq, Eq)]
+pub struct NetConfig {
+    pub tap: String,
+    /// Random when absent.
+    pub mac: Option<MacAddress>,
+    /// The tap's when absent.
+    pub mtu: Option<u16>,
+}
+
+/// Where the serial port goes.
+#[derive(Debug, Clone, PartialEq, Eq, Default)]
+pub enum SerialConfig {
+    #[default]
+    Stdio,
+    Null,
+    File(PathBuf),
+    Socket(PathBuf),
+}
+
+impl VmConfig {
+    /// Checks what no single option can know by itself.
+    ///
+    /// # Errors
+    /// The first rule that does not hold.
+    pub fn validate(&self) -> Result<(), ConfigError> {
+        if !(1..=MAX_CPUS).contains(&self.cpus) {
+            return Err(ConfigError::Cpus(self.cpus));
+        }
+        if self.memory.0 < MIN_MEMORY {
+            return Err(ConfigError::Memory(self.memory));
+        }
+        if !self.memory.0.is_multiple_of(4096) {
+            return Err(ConfigError::MemoryUnit(self.memory.0));
+        }
+        // One slot belongs to the entropy device.
+        let devices = self.disks.len() + self.nics.len() + 1;
+        if devices > MAX_DEVICES {
+            return Err(ConfigError::TooManyDevices(devices));
+        }
+        if let Some(id) = repeated(self.disks.iter().filter_map(|d| d.id.as_ref())) {
+            return Err(ConfigError::RepeatedDiskId(id.clone()));
+        }
+        if let Some(mac) = repeated(self.nics.iter().filter_map(|n| n.mac.as_ref())) {
+            return Err(ConfigError::RepeatedMac(*mac));
+        }
+        if let Some(tap) = repeated(self.nics.iter().map(|n| &n.tap)) {
+            return Err(ConfigError::RepeatedTap(tap.clone()));
+        }
+        Ok(())
+    }
+
+    /// The kernel command line: defaults, the root disk, the user's text, in this order, so that the last word
+    /// is the user's.
+    #[must_use]
+    pub fn kernel_cmdline(&self) -> String {
+        let mut line = String::from(DEFAULT_CMDLINE);
+        if let Some(root) = self.disks.first().filter(|d| d.root) {
+            line.push_str(if root.read_only { " root=/dev/vda ro" } else { " root=/dev/vda rw" });
+        }
+        if let Some(more) = &self.cmdline {
+            line.push(' ');
+            line.push_str(more);
+        }
+        line
+    }
+}
+
+fn repeated<T: PartialEq>(items: impl Iterator<Item = T>) -> Option<T> {
+    let items: Vec<T> = items.collect();
+    let at = (1..items.len()).find(|&i| items[..i].contains(&items[i]))?;
+    items.into_iter().nth(at)
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    fn config() -> VmConfig {
+        VmConfig {
+            kernel: "vmlinuz".into(),
+            initrd: None,
+            cmdline: None,
+            cpus: 1,
+            memory: MemorySize(128 << 20),
+            disks: Vec::new(),
+            nics: Vec::new(),
+            serial: SerialConfig::Null,
+        }
+    }
+
+    #[test]
+    fn limits_hold() {
+        assert_eq!(config().validate(), Ok(()));
+        for (cpus, ok) in [(0, false), (1, true), (64, true), (65, false)] {
+            assert_eq!(VmConfig { cpus, ..config() }.validate().is_ok(), ok, "{cpus} vCPUs");
+        }
+        for (memory, ok) in [(32 << 20, true), ((32 << 20) - 4096, false), ((64 << 20) + 1, false), (1 << 40, true)] {
+            assert_eq!(VmConfig { memory: MemorySize(memory), ..config() }.validate().is_ok(), ok, "{memory} bytes");
+        }
+        let disks = |n: usize| vec!["d.img".parse::<DiskConfig>().unwrap(); n];
+        assert_eq!(VmConfig { disks: disks(30), ..config() }.validate(), Ok(()));
+        assert_eq!(VmConfig { disks: disks(31), ..config() }.validate(), Err(ConfigError::TooManyDevices(32)));
+    }
+
+    #[test]
+    fn what_must_be_unique_is() {
+        let disks = vec!["a,id=x".parse().unwrap(), "b,id=x".parse().unwrap()];
+        assert_eq!(VmConfig { disks, ..config() }.validate(), Err(ConfigError::RepeatedDiskId("x".into())));
+        let nics = vec!["tap=t0".parse().unwrap(), "tap=t0".parse().unwrap()];
+        assert_eq!(VmConfig { nics, ..config() }.validate(), Err(ConfigError::RepeatedTap("t0".into())));
+        let nics: Vec<NetConfig> =
+            vec!["tap=t0,mac=02:0:0:0:0:1".parse().unwrap(), "tap=t1,mac=02:00:00:00:00:01".parse().unwrap()];
+        assert!(matches!(VmConfig { nics, ..config() }.validate(), Err(ConfigError::RepeatedMac(_))));
+    }
+
+    #[test]
+    fn the_users_arguments_come_last() {
+        let mut vm = config();
+        assert_eq!(vm.kernel_cmdline(), "console=ttyS0 panic=1");
+        vm.disks = vec![DiskConfig { root: true, ..DiskConfig::from_arg("r.img,ro").unwrap() }];
+        vm.cmdline = Some("quiet root=/dev/vdb".into());
+        assert_eq!(vm.kernel_cmdline(), "console=ttyS0 panic=1 root=/dev/vda ro quiet root=/dev/vdb");
+    }
+}

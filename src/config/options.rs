@@ -1,0 +1,208 @@
+//! `PATH,key=value,flag` on the command line.
+//!
+//! A comma in a path is written twice, as in QEMU: `my,,disk.img`.
+
+use std::path::PathBuf;
+use std::str::FromStr;
+
+use super::{CacheMode, ConfigError, DiskConfig, NetConfig, SerialConfig};
+
+/// The parts of an option text, each at most once.
+struct Parts {
+    /// Text before the first comma, and the `key[=value]` parts after it.
+    first: String,
+    rest: Vec<(String, Option<String>)>,
+}
+
+impl Parts {
+    fn split(text: &str) -> Result<Self, ConfigError> {
+        let mut parts = vec![String::new()];
+        let mut chars = text.chars().peekable();
+        while let Some(c) = chars.next() {
+            if c == ',' && chars.next_if_eq(&',').is_none() {
+                parts.push(String::new());
+            } else {
+                parts.last_mut().expect("never empty").push(c);
+            }
+        }
+        let mut parts = parts.into_iter();
+        let first = parts.next().unwrap_or_default();
+        let mut rest: Vec<(String, Option<String>)> = Vec::new();
+        for part in parts {
+            let (key, value) = match part.split_once('=') {
+                Some((key, value)) => (key.to_owned(), Some(value.to_owned())),
+                None => (part, None),
+            };
+            if rest.iter().any(|(k, _)| *k == key) {
+                return Err(ConfigError::RepeatedOption(key));
+            }
+            rest.push((key, value));
+        }
+        Ok(Self { first, rest })
+    }
+}
+
+/// A flag: `ro`, `ro=on`, `ro=off`.
+fn flag(key: &'static str, value: Option<&str>) -> Result<bool, ConfigError> {
+    match value {
+        None | Some("on") => Ok(true),
+        Some("off") => Ok(false),
+        Some(other) => Err(ConfigError::OptionValue { key, value: other.into(), takes: "on or off" }),
+    }
+}
+
+impl DiskConfig {
+    /// `PATH[,ro][,id=NAME][,cache=writeback|unsafe]`
+    ///
+    /// # Errors
+    /// What is wrong with the text.
+    pub fn from_arg(text: &str) -> Result<Self, ConfigError> {
+        let Parts { first, rest } = Parts::split(text)?;
+        if first.is_empty() {
+            return Err(ConfigError::NoPath);
+        }
+        let mut disk =
+            Self { path: first.into(), read_only: false, id: None, cache: CacheMode::default(), root: false };
+        for (key, value) in rest {
+            match (key.as_str(), value) {
+                ("ro", value) => disk.read_only = flag("ro", value.as_deref())?,
+                ("id", value) => disk.id = Some(disk_id(value.unwrap_or_default())?),
+                ("cache", value) => {
+                    disk.cache = match value.as_deref() {
+                        Some("writeback") => CacheMode::Writeback,
+                        Some("unsafe") => CacheMode::Unsafe,
+                        other => {
+                            let value = other.unwrap_or_default().into();
+                            return Err(ConfigError::OptionValue { key: "cache", value, takes: "writeback or unsafe" });
+                        }
+                    }
+                }
+                _ => return Err(ConfigError::UnknownOption { key, known: "ro, id and cache" }),
+            }
+        }
+        Ok(disk)
+    }
+}
+
+impl FromStr for DiskConfig {
+    type Err = ConfigError;
+
+    fn from_str(text: &str) -> Result<Self, ConfigError> {
+        Self::from_arg(text)
+    }
+}
+
+fn disk_id(id: String) -> Result<String, ConfigError> {
+    let fits = (1..=20).contains(&id.len());
+    if fits && id.bytes().all(|b| b.is_ascii_alphanumeric() || b"_-.".contains(&b)) {
+        Ok(id)
+    } else {
+        Err(ConfigError::DiskId(id))
+    }
+}
+
+impl FromStr for NetConfig {
+    type Err = ConfigError;
+
+    /// `tap=NAME[,mac=ADDRESS][,mtu=BYTES]`, in any order
+    fn from_str(text: &str) -> Result<Self, ConfigError> {
+        // All parts are keyed, so the first one is like the others.
+        let Parts { rest, .. } = Parts::split(&format!(",{text}"))?;
+        let (mut tap, mut mac, mut mtu) = (None, None, None);
+        for (key, value) in rest {
+            let value = value.unwrap_or_default();
+            match key.as_str() {
+                "tap" => tap = Some(value),
+                "mac" => mac = Some(value.parse()?),
+                "mtu" => {
+                    let bytes = value.parse().ok().filter(|&m: &u16| m >= 68);
+                    mtu = Some(bytes.ok_or(ConfigError::Mtu(value))?);
+                }
+                _ => return Err(ConfigError::UnknownOption { key, known: "tap, mac and mtu" }),
+            }
+        }
+        let tap = tap.filter(|t| !t.is_empty()).ok_or(ConfigError::NoTap)?;
+        Ok(Self { tap, mac, mtu })
+    }
+}
+
+impl FromStr for SerialConfig {
+    type Err = ConfigError;
+
+    /// `stdio`, `null`, `file=PATH` or `socket=PATH`
+    fn from_str(text: &str) -> Result<Self, ConfigError> {
+        let path = |path: &str| if path.is_empty() { Err(ConfigError::NoPath) } else { Ok(PathBuf::from(path)) };
+        match text.split_once('=') {
+            None if text == "stdio" => Ok(Self::Stdio),
+            None if text == "null" => Ok(Self::Null),
+            Some(("file", value)) => path(value).map(Self::File),
+            Some(("socket", value)) => path(value).map(Self::Socket),
+            _ => Err(ConfigError::OptionValue {
+                key: "serial",
+                value: text.into(),
+                takes: "stdio, null, file=PATH or socket=PATH",
+            }),
+        }
+    }
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+    use proptest::prelude::*;
+
+    #[test]
+    fn disks() {
+        let disk: DiskConfig = "a b.img,ro,id=data-1,cache=unsafe".parse().unwrap();
+        let expected = DiskConfig {
+            path: "a b.img".into(),
+            read_only: true,
+            id: Some("data-1".into()),
+            cache: CacheMode::Unsafe,
+            root: false,
+        };
+        assert_eq!(disk, expected);
+        assert_eq!("my,,disk,ro=off".parse::<DiskConfig>().unwrap().path, PathBuf::from("my,disk"));
+        for (text, error) in [
+            ("", ConfigError::NoPath),
+            (",ro", ConfigError::NoPath),
+            ("a,ro,ro", ConfigError::RepeatedOption("ro".into())),
+            ("a,id=", ConfigError::DiskId(String::new())),
+            ("a,id=123456789012345678901", ConfigError::DiskId("123456789012345678901".into())),
+            ("a,size=1", ConfigError::UnknownOption { key: "size".into(), known: "ro, id and cache" }),
+            ("a,ro=maybe", ConfigError::OptionValue { key: "ro", value: "maybe".into(), takes: "on or off" }),
+        ] {
+            assert_eq!(text.parse::<DiskConfig>(), Err(error), "{text}");
+        }
+    }
+
+    #[test]
+    fn nics() {
+        let nic: NetConfig = "mtu=9000,tap=t0,mac=02:00:00:00:00:01".parse().unwrap();
+        assert_eq!(nic.tap, "t0");
+        assert_eq!(nic.mtu, Some(9000));
+        assert_eq!(nic.mac.unwrap().to_string(), "02:00:00:00:00:01");
+        assert_eq!("tap=".parse::<NetConfig>(), Err(ConfigError::NoTap));
+        assert_eq!("mtu=1500".parse::<NetConfig>(), Err(ConfigError::NoTap));
+        for mtu in ["67", "65536", "x", ""] {
+            assert_eq!(format!("tap=t,mtu={mtu}").parse::<NetConfig>(), Err(ConfigError::Mtu(mtu.into())));
+        }
+    }
+
+    #[test]
+    fn serials() {
+        assert_eq!("stdio".parse(), Ok(SerialConfig::Stdio));
+        assert_eq!("file=/a=b,c".parse(), Ok(SerialConfig::File("/a=b,c".into())));
+        for text in ["", "tty", "file", "null=x", "pipe=x"] {
+            assert!(text.parse::<SerialConfig>().is_err(), "{text}");
+        }
+        assert_eq!("file=".parse::<SerialConfig>(), Err(ConfigError::NoPath));
+    }
+
+    proptest! {
+        #[test]
+        fn nothing_panics(text: String) {
+            let _ = (text.parse::<DiskConfig>(), text.parse::<NetConfig>(), text.parse::<SerialConfig>());
+        }
+    }
+}
