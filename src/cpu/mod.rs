@@ -1,5 +1,12 @@
 //! A vCPU: CPUID, MSRs, registers, run loop.
 
+mod cpuid;
 mod entry;
+mod kick;
+mod msrs;
+mod vcpu;
 
-pub use entry::EntryPoint;
+pub use cpuid::HostCpuid;
+pub use entry::{EntryPoint, gdt};
+pub use kick::install_handler as install_kick_handler;
+pub use vcpu::{CpuError, ExitHandler, Vcpu, VcpuFault, VcpuHandle};

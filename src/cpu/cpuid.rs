@@ -1,0 +1,176 @@
+//! CPUID as a guest sees it: what KVM supports, with this VM's topology.
+//!
+//! All vCPUs are cores of one package, without hyper-threads; the APIC ID is the vCPU's index. Leaf numbers and
+//! fields: Intel SDM volume 2, CPUID; AMD APM volume 3, appendix E.
+
+use kvm_bindings::{CpuId, KVM_CPUID_FLAG_SIGNIFCANT_INDEX, KVM_MAX_CPUID_ENTRIES, kvm_cpuid_entry2};
+use kvm_ioctls::{Cap, Kvm};
+
+use super::CpuError;
+
+/// What KVM supports on this host: asked once, shaped per vCPU.
+pub struct HostCpuid {
+    entries: Vec<kvm_cpuid_entry2>,
+    tsc_deadline: bool,
+}
+
+const LEAF1_ECX_TSC_DEADLINE: u32 = 1 << 24;
+const LEAF1_ECX_HYPERVISOR: u32 = 1 << 31;
+const LEAF1_EDX_HTT: u32 = 1 << 28;
+const EXT1_ECX_CMP_LEGACY: u32 = 1 << 1;
+
+impl HostCpuid {
+    pub fn new(kvm: &Kvm) -> Result<Self, CpuError> {
+        let cpuid = kvm.get_supported_cpuid(KVM_MAX_CPUID_ENTRIES).map_err(CpuError::at("read the supported CPUID"))?;
+        let tsc_deadline = kvm.check_extension(Cap::TscDeadlineTimer);
+        Ok(Self { entries: cpuid.as_slice().to_vec(), tsc_deadline })
+    }
+
+    /// Bits of a physical address the guest may use.
+    #[must_use]
+    pub fn physical_address_bits(&self) -> u8 {
+        let leaf = self.entries.iter().find(|e| e.function == 0x8000_0008);
+        leaf.map_or(36, |e| (e.eax & 0xff) as u8)
+    }
+
+    /// CPUID of vCPU `id` out of `count`.
+    pub fn for_vcpu(&self, id: u8, count: u8) -> Result<CpuId, CpuError> {
+        CpuId::from_entries(&self.shape(id, count)).map_err(|_| CpuError::CpuidEntries)
+    }
+
+    fn shape(&self, id: u8, count: u8) -> Vec<kvm_cpuid_entry2> {
+        let (apic_id, cpus) = (u32::from(id), u32::from(count));
+        let id_bits = u8::BITS - (count - 1).leading_zeros();
+        let topology_leaves = [0xb, 0x1f];
+        let mut entries: Vec<_> =
+            self.entries.iter().filter(|e| !topology_leaves.contains(&e.function)).copied().collect();
+        for entry in &mut entries {
+            match entry.function {
+                0x1 => {
+                    entry.ebx = entry.ebx & 0x0000_ffff | apic_id << 24 | (1 << id_bits) << 16;
+                    entry.ecx |= LEAF1_ECX_HYPERVISOR;
+                    // KVM emulates the timer but leaves the bit to us.
+                    set(&mut entry.ecx, LEAF1_ECX_TSC_DEADLINE, self.tsc_deadline);
+                    set(&mut entry.edx, LEAF1_EDX_HTT, count > 1);
+                }
+                // Caches: levels 1 and 2 belong to one core, level 3 to all.
+                0x4 => {
+                    let sharing = if entry.eax >> 5 & 7 >= 3 { (1 << id_bits) - 1 } else { 0 };
+                    entry.eax = entry.eax & 0x3fff | sharing << 14;
+                    if entry.eax & 0x1f != 0 {
+                        entry.eax |= ((1 << id_bits) - 1) << 26;
+                    }
+                }
+                0x8000_0001 => set(&mut entry.ecx, EXT1_ECX_CMP_LEGACY, count > 1),
+                0x8000_0008 => entry.ecx = entry.ecx & !0xf0ff | id_bits << 12 | (cpus - 1),
+                0x8000_001d => {
+                    let sharing = if entry.eax >> 5 & 7 >= 3 { cpus - 1 } else { 0 };
+                    entry.eax = entry.eax & 0x3fff | sharing << 14;
+                }
+                0x8000_001e => (entry.eax, entry.ebx, entry.ecx) = (apic_id, apic_id, 0),
+                _ => {}
+            }
+        }
+        let highest = entries.iter().map(|e| e.function).filter(|f| *f < 0x4000_0000).max().unwrap_or(0);
+        for function in topology_leaves.into_iter().filter(|f| *f <= highest) {
+            entries.extend(topology(function, apic_id, id_bits, cpus));
+        }
+        entries
+    }
+}
+
+/// Levels of leaf 0xb or 0x1f: one thread a core, `cpus` cores, the end.
+fn topology(function: u32, apic_id: u32, id_bits: u32, cpus: u32) -> [kvm_cpuid_entry2; 3] {
+    const THREAD: u32 = 1;
+    const CORE: u32 = 2;
+    let level = |index, shift, logical, kind: u32| kvm_cpuid_entry2 {
+        function,
+        index,
+        flags: KVM_CPUID_FLAG_SIGNIFCANT_INDEX,
+        eax: shift,
+        ebx: logical,
+        ecx: index | kind << 8,
+        edx: apic_id,
+        ..Default::default()
+    };
+    [level(0, 0, 1, THREAD), level(1, id_bits, cpus, CORE), level(2, 0, 0, 0)]
+}
+
+fn set(register: &mut u32, bit: u32, on: bool) {
+    *register = if on { *register | bit } else { *register & !bit };
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    fn leaf(function: u32, index: u32) -> kvm_cpuid_entry2 {
+        kvm_cpuid_entry2 {
+            function,
+            index,
+            eax: u32::MAX,
+            ebx: u32::MAX,
+            ecx: u32::MAX,
+            edx: u32::MAX,
+            ..Default::default()
+        }
+    }
+
+    fn host() -> HostCpuid {
+        let mut cache = [leaf(4, 0), leaf(4, 3), leaf(4, 4)];
+        cache[0].eax = 0xffff_c001 | 1 << 5;
+        cache[1].eax = 0xffff_c003 | 3 << 5;
+        cache[2].eax = 0;
+        let mut entries = vec![leaf(1, 0), leaf(0xb, 0), leaf(0xb, 1), leaf(0x1f, 0), leaf(0x20, 0)];
+        entries.extend(cache);
+        entries.extend([leaf(0x8000_0001, 0), leaf(0x8000_0008, 0), leaf(0x8000_001e, 0)]);
+        HostCpuid { entries, tsc_deadline: true }
+    }
+
+    fn find(entries: &[kvm_cpuid_entry2], function: u32, index: u32) -> kvm_cpuid_entry2 {
+        let found: Vec<_> = entries.iter().filter(|e| e.function == function && e.index == index).collect();
+        assert_eq!(found.len(), 1, "leaf {function:#x}.{index}");
+        *found[0]
+    }
+
+    #[test]
+    fn every_count_has_room_for_every_apic_id() {
+        for count in 1..=64u8 {
+            for id in 0..count {
+                let entries = host().shape(id, count);
+                let basic = find(&entries, 1, 0);
+                assert_eq!(basic.ebx >> 24, u32::from(id));
+                let addressable = basic.ebx >> 16 & 0xff;
+                assert!(addressable.is_power_of_two() && addressable >= u32::from(count));
+                assert_eq!(basic.edx & LEAF1_EDX_HTT != 0, count > 1);
+                for function in [0xb, 0x1f] {
+                    let core = find(&entries, function, 1);
+                    assert_eq!((core.ebx, core.ecx, core.edx), (count.into(), 0x201, id.into()));
+                    assert_eq!(1 << core.eax, addressable, "all APIC IDs are of one package");
+                    assert_eq!(find(&entries, function, 0).ecx, 0x100);
+                    assert_eq!(find(&entries, function, 2).ecx, 2, "the list ends");
+                }
+                assert_eq!(find(&entries, 0x8000_0008, 0).ecx & 0xff, u32::from(count) - 1);
+                assert_eq!(1 << (find(&entries, 0x8000_0008, 0).ecx >> 12 & 0xf), addressable);
+                assert_eq!(find(&entries, 0x8000_001e, 0).eax, id.into());
+            }
+        }
+    }
+
+    #[test]
+    fn caches_are_shared_by_level() {
+        let entries = host().shape(0, 4);
+        assert_eq!(find(&entries, 4, 0).eax >> 14 & 0xfff, 0, "L1 is the core's own");
+        assert_eq!(find(&entries, 4, 3).eax >> 14 & 0xfff, 3, "L3 is shared by four");
+        assert_eq!(find(&entries, 4, 3).eax >> 26, 3);
+        assert_eq!(find(&entries, 4, 4).eax, 0, "the end of the list stays one");
+    }
+
+    #[test]
+    fn no_topology_leaf_beyond_what_the_host_has() {
+        let host = HostCpuid { entries: vec![leaf(1, 0), leaf(0xb, 0)], tsc_deadline: false };
+        let entries = host.shape(1, 2);
+        assert!(entries.iter().all(|e| e.function != 0x1f));
+        assert_eq!(find(&entries, 1, 0).ecx & LEAF1_ECX_TSC_DEADLINE, 0);
+    }
+}
