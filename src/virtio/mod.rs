@@ -1,6 +1,8 @@
 //! The virtio 1.2 device contract, its queues, and the PCI transport.
 
+pub mod core;
 pub mod device;
+pub mod pci;
 pub mod queue;
 
 pub use device::{DeviceEvents, DeviceKind, QueueLayout, QueueResources, QueueState, VirtioDevice};

@@ -1,0 +1,245 @@
+//! What all transports share: the device status machine, feature negotiation, the queues' registers.
+//!
+//! ```text
+//! reset ──▶ ACKNOWLEDGE ──▶ DRIVER ──▶ FEATURES_OK ──▶ DRIVER_OK (queues run)
+//!   ▲                                                      │
+//!   └──────────────── status = 0, from any state ──────────┘
+//! ```
+//! (virtio 1.2, 2.1 and 3.1.)
+
+use std::io;
+use std::sync::Arc;
+use std::sync::atomic::{AtomicU8, Ordering};
+
+use vmm_sys_util::eventfd::{EFD_NONBLOCK, EventFd};
+
+use super::device::{DeviceEvents, QueueLayout, QueueResources, VirtioDevice};
+use super::feature;
+use crate::memory::Ram;
+
+/// Device status bits (virtio 1.2, 2.1).
+pub mod status {
+    pub const ACKNOWLEDGE: u8 = 1;
+    pub const DRIVER: u8 = 2;
+    pub const DRIVER_OK: u8 = 4;
+    pub const FEATURES_OK: u8 = 8;
+    pub const NEEDS_RESET: u8 = 0x40;
+    pub const FAILED: u8 = 0x80;
+    pub const ALL: u8 = ACKNOWLEDGE | DRIVER | DRIVER_OK | FEATURES_OK | FAILED;
+}
+
+/// The part of a device's registers that its own threads change too.
+#[derive(Default)]
+pub struct SharedRegisters {
+    status: AtomicU8,
+    generation: AtomicU8,
+}
+
+impl SharedRegisters {
+    /// The configuration space has changed: a driver that reads it in parts notices by this number.
+    pub fn bump_generation(&self) {
+        self.generation.fetch_add(1, Ordering::AcqRel);
+    }
+
+    /// Sets `DEVICE_NEEDS_RESET`; `true` if it was not set.
+    pub fn mark_needs_reset(&self) -> bool {
+        self.status.fetch_or(status::NEEDS_RESET, Ordering::AcqRel) & status::NEEDS_RESET == 0
+    }
+}
+
+/// The registers of one queue.
+pub struct QueueRegisters {
+    pub layout: QueueLayout,
+    pub enabled: bool,
+    max_size: u16,
+    running: bool,
+    /// Written by the driver's notification, read by the device.
+    pub kick: EventFd,
+}
+
+/// A device and its registers, without an address.
+pub struct VirtioCore {
+    device: Box<dyn VirtioDevice>,
+    ram: Ram,
+    shared: Arc<SharedRegisters>,
+    events: Arc<dyn DeviceEvents>,
+    pub queues: Vec<QueueRegisters>,
+    pub device_feature_select: u32,
+    pub driver_feature_select: u32,
+    pub queue_select: u16,
+    driver_features: u64,
+}
+
+impl VirtioCore {
+    pub fn new(
+        device: Box<dyn VirtioDevice>,
+        ram: Ram,
+        shared: Arc<SharedRegisters>,
+        events: Arc<dyn DeviceEvents>,
+    ) -> io::Result<Self> {
+        let queue = |&max_size: &u16| {
+            let layout = QueueLayout { size: max_size, ..Default::default() };
+            let kick = EventFd::new(EFD_NONBLOCK)?;
+            Ok(QueueRegisters { layout, enabled: false, max_size, running: false, kick })
+        };
+        let queues = device.queue_sizes().iter().map(queue).collect::<io::Result<_>>()?;
+        Ok(Self {
+            device,
+            ram,
+            shared,
+            events,
+            queues,
+            device_feature_select: 0,
+            driver_feature_select: 0,
+            queue_select: 0,
+            driver_features: 0,
+        })
+    }
+
+    pub fn device(&self) -> &dyn VirtioDevice {
+        &*self.device
+    }
+
+    pub fn status(&self) -> u8 {
+        self.shared.status.load(Ordering::Acquire)
+    }
+
+    pub fn generation(&self) -> u8 {
+        self.shared.generation.load(Ordering::Acquire)
+    }
+
+    /// The selected half of the offered features; beyond 64 bits there are none.
+    pub fn device_features(&self) -> u32 {
+        half(self.device.features(), self.device_feature_select)
+    }
+
+    pub fn driver_features(&self) -> u32 {
+        half(self.driver_features, self.driver_feature_select)
+    }
+
+    /// Accepts features, only while they are negotiated.
+    pub fn set_driver_features(&mut self, value: u32) {
+        if self.status() & status::FEATURES_OK != 0 || self.driver_feature_select > 1 {
+            return;
+        }
+        let shift = 32 * self.driver_feature_select;
+        self.driver_features = self.driver_features & !(u64::from(u32::MAX) << shift) | u64::from(value) << shift;
+    }
+
+    /// The selected queue, while its registers may still be changed.
+    pub fn queue_to_configure(&mut self) -> Option<&mut QueueRegisters> {
+        self.queues.get_mut(usize::from(self.queue_select)).filter(|queue| !queue.enabled)
+    }
+
+    pub fn selected_queue(&self) -> Option<&QueueRegisters> {
+        self.queues.get(usize::from(self.queue_select))
+    }
+
+    /// Enables the selected queue. A driver can only disable it by a reset.
+    pub fn enable_queue(&mut self) {
+        let index = self.queue_select;
+        if let Some(queue) = self.queues.get_mut(usize::from(index)) {
+            queue.enabled = true;
+            // Late, but some drivers do it.
+            if self.status() & status::DRIVER_OK != 0 {
+                self.start_queue(index);
+            }
+        }
+    }
+
+    /// A write to the status register. Bits only come, until a zero takes them all.
+    pub fn set_status(&mut self, value: u8) {
+        if value == 0 {
+            return self.reset();
+        }
+        let old = self.status();
+        let mut new = old | value & status::ALL;
+        let offered = self.device.features();
+        let acceptable = self.driver_features & !offered == 0 && self.driver_features & feature::VERSION_1 != 0;
+        if old & status::FEATURES_OK == 0 && !acceptable {
+            new &= !(status::FEATURES_OK | status::DRIVER_OK);
+        }
+        if new & status::FEATURES_OK == 0 {
+            new &= !status::DRIVER_OK;
+        }
+        self.shared.status.fetch_or(new, Ordering::AcqRel);
+        if new & !old & status::DRIVER_OK != 0 {
+            for index in 0..self.queues.len() as u16 {
+                if self.queues[usize::from(index)].enabled {
+                    self.start_queue(index);
+                }
+            }
+        }
+    }
+
+    fn start_queue(&mut self, index: u16) {
+        let queue = &mut self.queues[usize::from(index)];
+        if queue.running {
+            return;
+        }
+        let started = queue.kick.try_clone().and_then(|kick| {
+            let resources = QueueResources {
+                ram: self.ram.clone(),
+                layout: queue.layout,
+                features: self.driver_features,
+                kick,
+                events: self.events.clone(),
+            };
+            self.device.start_queue(index, resources, None)
+        });
+        match started {
+            Ok(()) => queue.running = true,
+            Err(error) => self.events.needs_reset(&format_args!("queue {index}: {error}")),
+        }
+    }
+
+    fn reset(&mut self) {
+        for (index, queue) in self.queues.iter_mut().enumerate() {
+            if queue.running {
+                self.device.stop_queue(index as u16);
+            }
+            // A kick from before the reset is nothing to the queue's next life.
+            let _ = queue.kick.read();
+            queue.layout = QueueLayout { size: queue.max_size, ..Default::default() };
+            (queue.enabled, queue.running) = (false, false);
+        }
+        (self.device_feature_select, self.driver_feature_select, self.queue_select) = (0, 0, 0);
+        self.driver_features = 0;
+        self.shared.status.store(0, Ordering::Release);
+    }
+
+    pub fn read_config(&self, offset: u64, data: &mut [u8]) {
+        data.fill(0);
+        if let Ok(offset) = usize::try_from(offset) {
+            self.device.read_config(offset, data);
+        }
+    }
+
+    pub fn write_config(&mut self, offset: u64, data: &[u8]) {
+        if let Ok(offset) = usize::try_from(offset) {
+            self.device.write_config(offset, data);
+        }
+    }
+
+    /// A notification that came as an exit instead of through the ioeventfd.
+    pub fn kick(&self, index: u64) {
+        if let Some(queue) = usize::try_from(index).ok().and_then(|i| self.queues.get(i)) {
+            // It fails only when the counter is full, which is a kick already.
+            let _ = queue.kick.write(1);
+        }
+    }
+}
+
+impl Drop for VirtioCore {
+    fn drop(&mut self) {
+        self.reset();
+    }
+}
+
+fn half(features: u64, select: u32) -> u32 {
+    match select {
+        0 => features as u32,
+        1 => (features >> 32) as u32,
+        _ => 0,
+    }
+}

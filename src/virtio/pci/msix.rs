@@ -1,0 +1,220 @@
+//! MSI-X (PCI Local Bus 3.0, 6.8.2): the vector table, and how a device's signals become messages.
+//!
+//! Each vector has an eventfd that the device signals. While the vector is unmasked, KVM listens on it and sends
+//! the message. While it is masked, KVM does not, and the eventfd's own counter *is* the pending bit: reading
+//! the pending bits looks at the counters, and unmasking lets KVM find what is there.
+
+use std::io;
+use std::sync::Arc;
+use std::sync::atomic::{AtomicU8, AtomicU16, Ordering};
+
+use vmm_sys_util::eventfd::{EFD_NONBLOCK, EventFd};
+
+use super::PciHost;
+use crate::virtio::core::SharedRegisters;
+use crate::virtio::device::DeviceEvents;
+
+/// "No vector": the queue or the configuration raises no interrupt (virtio 1.2, 4.1.5.1.2).
+pub const NO_VECTOR: u16 = 0xffff;
+
+const ENTRY: usize = 16;
+const CONTROL_OFFSET: usize = 12;
+const ENTRY_MASKED: u8 = 1;
+const CONTROL_ENABLE: u16 = 1 << 15;
+const CONTROL_MASK_ALL: u16 = 1 << 14;
+
+const ISR_QUEUE: u8 = 1;
+const ISR_CONFIG: u8 = 2;
+
+/// A message: what is written where.
+#[derive(Debug, Clone, Copy, PartialEq, Eq)]
+pub struct MsiMessage {
+    pub address: u64,
+    pub data: u32,
+}
+
+/// The device's side: which vector each queue uses, and the eventfds behind the vectors.
+pub struct Signals {
+    name: String,
+    vectors: Vec<EventFd>,
+    queue_vectors: Vec<AtomicU16>,
+    config_vector: AtomicU16,
+    isr: AtomicU8,
+    shared: Arc<SharedRegisters>,
+}
+
+impl Signals {
+    pub fn new(vectors: usize, queues: usize, shared: Arc<SharedRegisters>, name: &str) -> io::Result<Self> {
+        Ok(Self {
+            name: name.to_owned(),
+            vectors: (0..vectors).map(|_| EventFd::new(EFD_NONBLOCK)).collect::<io::Result<_>>()?,
+            queue_vectors: (0..queues).map(|_| AtomicU16::new(NO_VECTOR)).collect(),
+            config_vector: AtomicU16::new(NO_VECTOR),
+            isr: AtomicU8::new(0),
+            shared,
+        })
+    }
+
+    pub fn take_isr(&self) -> u8 {
+        self.isr.swap(0, Ordering::AcqRel)
+    }
+
+    /// A queue's vector, or the configuration's.
+    pub fn vector(&self, queue: Option<u16>) -> u16 {
+        self.vector_register(queue).map_or(NO_VECTOR, |v| v.load(Ordering::Acquire))
+    }
+
+    /// Sets it; a vector that is not there becomes none, which the driver reads back.
+    pub fn set_vector(&self, queue: Option<u16>, vector: u16) {
+        if let Some(register) = self.vector_register(queue) {
+            let vector = if usize::from(vector) < self.vectors.len() { vector } else { NO_VECTOR };
+            register.store(vector, Ordering::Release);
+        }
+    }
+
+    pub fn reset_vectors(&self) {
+        for register in self.queue_vectors.iter().chain([&self.config_vector]) {
+            register.store(NO_VECTOR, Ordering::Release);
+        }
+        self.isr.store(0, Ordering::Release);
+    }
+
+    fn vector_register(&self, queue: Option<u16>) -> Option<&AtomicU16> {
+        match queue {
+            None => Some(&self.config_vector),
+            Some(index) => self.queue_vectors.get(usize::from(index)),
+        }
+    }
+
+    fn raise(&self, queue: Option<u16>, isr: u8) {
+        match self.vectors.get(usize::from(self.vector(queue))) {
+            // It fails only when the counter is full, and then the interrupt is long pending.
+            Some(fd) => drop(fd.write(1)),
+            None => drop(self.isr.fetch_or(isr, Ordering::AcqRel)),
+        }
+    }
+}
+
+impl DeviceEvents for Signals {
+    fn queue_interrupt(&self, queue: u16) {
+        self.raise(Some(queue), ISR_QUEUE);
+    }
+
+    fn config_changed(&self) {
+        self.shared.bump_generation();
+        self.raise(None, ISR_CONFIG);
+    }
+
+    fn needs_reset(&self, why: &dyn std::fmt::Display) {
+        // Once until the next reset, so a guest cannot fill the log faster than it can reset the device.
+        if self.shared.mark_needs_reset() {
+            crate::observe::guest_warning!("{}: needs a reset: {why}", self.name);
+            self.raise(None, ISR_CONFIG);
+        }
+    }
+}
+
+struct Vector {
+    entry: [u8; ENTRY],
+    route: u32,
+    connected: Option<MsiMessage>,
+}
+
+/// The driver's side: the table and its masks.
+pub struct MsixTable {
+    vectors: Vec<Vector>,
+    signals: Arc<Signals>,
+    host: Arc<dyn PciHost>,
+    control: u16,
+}
+
+impl MsixTable {
+    pub fn new(signals: Arc<Signals>, host: Arc<dyn PciHost>) -> io::Result<Self> {
+        let vector = |_: &EventFd| {
+            let mut entry = [0; ENTRY];
+            entry[CONTROL_OFFSET] = ENTRY_MASKED;
+            Ok(Vector { entry, route: host.allocate_route()?, connected: None })
+        };
+        let vectors = signals.vectors.iter().map(vector).collect::<io::Result<_>>()?;
+        Ok(Self { vectors, signals, host, control: 0 })
+    }
+
+    pub fn set_control(&mut self, control: u16) {
+        if control != self.control {
+            self.control = control;
+            (0..self.vectors.len()).for_each(|index| self.update(index));
+        }
+    }
+
+    pub fn read(&self, offset: u64, data: &mut [u8]) {
+        data.fill(0);
+        if let Some((index, at)) = locate(offset, data.len())
+            && let Some(vector) = self.vectors.get(index)
+        {
+            data.copy_from_slice(&vector.entry[at..at + data.len()]);
+        }
+    }
+
+    pub fn write(&mut self, offset: u64, data: &[u8]) {
+        if let Some((index, at)) = locate(offset, data.len())
+            && let Some(vector) = self.vectors.get_mut(index)
+        {
+            vector.entry[at..at + data.len()].copy_from_slice(data);
+            self.update(index);
+        }
+    }
+
+    pub fn read_pending(&self, offset: u64, data: &mut [u8]) {
+        data.fill(0);
+        for (index, (vector, fd)) in self.vectors.iter().zip(&self.signals.vectors).enumerate() {
+            let byte = (index / 8) as u64;
+            if vector.connected.is_none() && (offset..offset + data.len() as u64).contains(&byte) && is_signalled(fd) {
+                data[(byte - offset) as usize] |= 1 << (index % 8);
+            }
+        }
+    }
+
+    /// Makes KVM listen exactly to what is unmasked, with the message of now.
+    fn update(&mut self, index: usize) {
+        let vector = &mut self.vectors[index];
+        let on = self.control & (CONTROL_ENABLE | CONTROL_MASK_ALL) == CONTROL_ENABLE;
+        let wanted = (on && vector.entry[CONTROL_OFFSET] & ENTRY_MASKED == 0).then(|| vector.message());
+        if wanted == vector.connected {
+            return;
+        }
+        let fd = &self.signals.vectors[index];
+        if vector.connected.take().is_some() {
+            self.host.disconnect(vector.route, fd);
+        }
+        if let Some(message) = wanted {
+            match self.host.connect(vector.route, message, fd) {
+                Ok(()) => vector.connected = wanted,
+                Err(error) => crate::observe::guest_warning!("MSI-X message {message:x?} is refused: {error}"),
+            }
+        }
+    }
+}
+
+impl Drop for MsixTable {
+    fn drop(&mut self) {
+        self.set_control(0);
+    }
+}
+
+impl Vector {
+    fn message(&self) -> MsiMessage {
+        let [address, rest] = [0, 8].map(|at| u64::from_le_bytes(self.entry[at..at + 8].try_into().expect("8 bytes")));
+        MsiMessage { address: address & !3, data: rest as u32 }
+    }
+}
+
+/// Entry and offset of an access: aligned words or double words (6.8.2), so none spans two entries.
+fn locate(offset: u64, len: usize) -> Option<(usize, usize)> {
+    let offset = usize::try_from(offset).ok()?;
+    ([4, 8].contains(&len) && offset.is_multiple_of(len)).then_some((offset / ENTRY, offset % ENTRY))
+}
+
+/// Is the counter not zero? It is taken out and put back: nobody else reads it while KVM does not listen.
+fn is_signalled(fd: &EventFd) -> bool {
+    fd.read().is_ok_and(|count| fd.write(count).is_ok())
+}
