@@ -20,7 +20,8 @@ const QUEUE_ENABLE: u64 = 0x1c;
 const QUEUE_NOTIFY_OFF: u64 = 0x1e;
 const QUEUE_DESC: u64 = 0x20;
 const QUEUE_DRIVER: u64 = 0x28;
-const QUEUE_DEVICE: u64 = 0x30;
+/// The used ring's address is the last register.
+const END: u64 = 0x38;
 
 /// Stateless: the registers live in the core and in the signals.
 pub struct CommonRegisters {
@@ -50,7 +51,7 @@ impl CommonRegisters {
             (QUEUE_MSIX_VECTOR, 2) => signals.vector(Some(core.queue_select)).into(),
             (QUEUE_ENABLE, 2) => queue.map_or(0, |q| q.enabled.into()),
             (QUEUE_NOTIFY_OFF, 2) => queue.map_or(0, |_| core.queue_select.into()),
-            (QUEUE_DESC..0x38, 4 | 8) => queue.map_or(0, |q| {
+            (QUEUE_DESC..END, 4 | 8) => queue.map_or(0, |q| {
                 let address = match offset & !7 {
                     QUEUE_DESC => q.layout.descriptors,
                     QUEUE_DRIVER => q.layout.avail,
@@ -91,7 +92,7 @@ impl CommonRegisters {
             }
             (QUEUE_MSIX_VECTOR, 2) => signals.set_vector(Some(core.queue_select), value as u16),
             (QUEUE_ENABLE, 2) if value == 1 => core.enable_queue(),
-            (QUEUE_DESC..0x38, 4 | 8) => {
+            (QUEUE_DESC..END, 4 | 8) => {
                 if let Some(queue) = core.queue_to_configure() {
                     let register = match offset & !7 {
                         QUEUE_DESC => &mut queue.layout.descriptors,

@@ -1,0 +1,135 @@
+//! Interrupts into the guest: the one table of GSI and MSI routes, and doorbells out of it.
+//!
+//! GSIs 0 to 23 are the IOAPIC's pins (0 to 15 also the PIC's); each MSI vector has one GSI of its own after
+//! them. KVM takes the table as a whole, so it is handed over only when a message really changes.
+
+use std::io;
+use std::sync::{Arc, Mutex, PoisonError};
+
+use kvm_bindings::{
+    KVM_IRQ_ROUTING_IRQCHIP, KVM_IRQ_ROUTING_MSI, KVM_IRQCHIP_IOAPIC, KVM_IRQCHIP_PIC_MASTER, KVM_IRQCHIP_PIC_SLAVE,
+    KvmIrqRouting, kvm_irq_routing_entry, kvm_irq_routing_entry__bindgen_ty_1, kvm_irq_routing_irqchip,
+    kvm_irq_routing_msi,
+};
+use kvm_ioctls::{IoEventAddress, NoDatamatch, VmFd};
+use vmm_sys_util::eventfd::{EFD_NONBLOCK, EventFd};
+
+use super::layout::IOAPIC_PINS;
+use crate::virtio::pci::{MsiMessage, PciHost};
+
+/// KVM's limit (`KVM_MAX_IRQ_ROUTES`), less the pins of the PICs and the IOAPIC.
+const MAX_MESSAGES: usize = 4096 - 40;
+
+pub struct Interrupts {
+    vm: Arc<VmFd>,
+    /// Messages by GSI, from `IOAPIC_PINS` up.
+    messages: Mutex<Vec<Option<MsiMessage>>>,
+}
+
+impl Interrupts {
+    #[must_use]
+    pub fn new(vm: Arc<VmFd>) -> Self {
+        Self { vm, messages: Mutex::default() }
+    }
+
+    /// An eventfd that raises an edge on an IOAPIC pin.
+    ///
+    /// # Errors
+    /// When the host is out of descriptors or KVM refuses.
+    pub fn line(&self, gsi: u32) -> io::Result<EventFd> {
+        let fd = EventFd::new(EFD_NONBLOCK)?;
+        self.vm.register_irqfd(&fd, gsi)?;
+        Ok(fd)
+    }
+
+    fn set_message(&self, gsi: u32, message: MsiMessage) -> io::Result<()> {
+        let mut messages = self.messages.lock().unwrap_or_else(PoisonError::into_inner);
+        let slot = messages.get_mut((gsi - IOAPIC_PINS) as usize).ok_or(io::ErrorKind::InvalidInput)?;
+        if *slot == Some(message) {
+            return Ok(());
+        }
+        let before = slot.replace(message);
+        let entries = routing_entries(&messages);
+        let routing = KvmIrqRouting::from_entries(&entries).map_err(|_| io::ErrorKind::InvalidInput)?;
+        self.vm.set_gsi_routing(&routing).map_err(|error| {
+            messages[(gsi - IOAPIC_PINS) as usize] = before;
+            error.into()
+        })
+    }
+}
+
+impl PciHost for Interrupts {
+    fn attach_doorbell(&self, addr: u64, fd: &EventFd) -> io::Result<()> {
+        Ok(self.vm.register_ioevent(fd, &IoEventAddress::Mmio(addr), NoDatamatch)?)
+    }
+
+    fn detach_doorbell(&self, addr: u64, fd: &EventFd) {
+        // It was never attached, or the VM is gone: either way nothing listens.
+        let _ = self.vm.unregister_ioevent(fd, &IoEventAddress::Mmio(addr), NoDatamatch);
+    }
+
+    fn allocate_route(&self) -> io::Result<u32> {
+        let mut messages = self.messages.lock().unwrap_or_else(PoisonError::into_inner);
+        if messages.len() >= MAX_MESSAGES {
+            return Err(io::Error::other("all interrupt routes are taken"));
+        }
+        messages.push(None);
+        Ok(IOAPIC_PINS + messages.len() as u32 - 1)
+    }
+
+    fn connect(&self, route: u32, message: MsiMessage, fd: &EventFd) -> io::Result<()> {
+        self.set_message(route, message)?;
+        Ok(self.vm.register_irqfd(fd, route)?)
+    }
+
+    fn disconnect(&self, route: u32, fd: &EventFd) {
+        let _ = self.vm.unregister_irqfd(fd, route);
+    }
+}
+
+fn routing_entries(messages: &[Option<MsiMessage>]) -> Vec<kvm_irq_routing_entry> {
+    let pin = |gsi, irqchip, pin| kvm_irq_routing_entry {
+        gsi,
+        type_: KVM_IRQ_ROUTING_IRQCHIP,
+        u: kvm_irq_routing_entry__bindgen_ty_1 { irqchip: kvm_irq_routing_irqchip { irqchip, pin } },
+        ..Default::default()
+    };
+    let mut entries: Vec<_> = (0..8)
+        .map(|gsi| pin(gsi, KVM_IRQCHIP_PIC_MASTER, gsi))
+        .chain((8..16).map(|gsi| pin(gsi, KVM_IRQCHIP_PIC_SLAVE, gsi - 8)))
+        // KVM's own default swaps nothing but pin 2, which carries the PIT (GSI 0).
+        .chain((0..IOAPIC_PINS).map(|gsi| pin(gsi, KVM_IRQCHIP_IOAPIC, if gsi == 0 { 2 } else { gsi })))
+        .collect();
+    let messages = messages.iter().zip(IOAPIC_PINS..).filter_map(|(message, gsi)| message.map(|m| (gsi, m)));
+    entries.extend(messages.map(|(gsi, message)| kvm_irq_routing_entry {
+        gsi,
+        type_: KVM_IRQ_ROUTING_MSI,
+        u: kvm_irq_routing_entry__bindgen_ty_1 {
+            msi: kvm_irq_routing_msi {
+                address_lo: message.address as u32,
+                address_hi: (message.address >> 32) as u32,
+                data: message.data,
+                ..Default::default()
+            },
+        },
+        ..Default::default()
+    }));
+    entries
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    #[test]
+    fn every_pin_and_every_message_has_its_route() {
+        let message = MsiMessage { address: 0xfee0_1000, data: 0x31 };
+        let entries = routing_entries(&[None, Some(message)]);
+        assert_eq!(entries.len(), 16 + 24 + 1);
+        let last = entries.last().unwrap();
+        assert_eq!((last.gsi, last.type_), (25, KVM_IRQ_ROUTING_MSI));
+        for gsi in 0..24 {
+            assert!(entries.iter().any(|e| e.gsi == gsi && e.type_ == KVM_IRQ_ROUTING_IRQCHIP));
+        }
+    }
+}

@@ -1,0 +1,155 @@
+//! The PCI root: one bus, its configuration space over ports (0xcf8) and memory (ECAM), and where BARs answer.
+
+use std::sync::{Arc, Mutex, MutexGuard, PoisonError};
+
+use super::bus::{Bus, BusDevice};
+use super::layout;
+use crate::virtio::pci::{BAR_SIZE, BarAddress, VirtioPci};
+
+pub const CONFIG_PORTS: u16 = 0xcf8;
+pub const CONFIG_PORTS_LEN: u64 = 8;
+const DATA_OFFSET: u64 = 4;
+const ADDRESS_ENABLE: u32 = 1 << 31;
+const SLOTS: usize = 32;
+
+/// Vendor, device, class: a host bridge that needs no driver (QEMU's generic PCIe one).
+const HOST_BRIDGE: [u32; 3] = [0x0008_1b36, 0, 0x0600_0000];
+
+struct Slot {
+    function: Arc<Mutex<VirtioPci>>,
+    /// Where its BAR is on the bus.
+    mapped: BarAddress,
+}
+
+pub struct PciRoot {
+    slots: [Option<Slot>; SLOTS],
+    mmio: Arc<Bus>,
+    /// What was written to 0xcf8.
+    address: u32,
+}
+
+impl PciRoot {
+    /// `mmio` is where BARs appear.
+    #[must_use]
+    pub fn new(mmio: Arc<Bus>) -> Self {
+        Self { slots: [const { None }; SLOTS], mmio, address: 0 }
+    }
+
+    /// The address a function in `slot` finds its BAR at; the guest may move it.
+    #[must_use]
+    pub fn initial_bar(slot: usize) -> u64 {
+        layout::PCI_WINDOW + slot as u64 * BAR_SIZE
+    }
+
+    /// Puts a function into a slot, 1 to 31.
+    pub fn insert(&mut self, slot: usize, function: VirtioPci) {
+        self.slots[slot] = Some(Slot { function: Arc::new(Mutex::new(function)), mapped: None });
+    }
+
+    fn read_config(&self, slot: usize, offset: u16, data: &mut [u8]) {
+        data.fill(0xff);
+        if slot == 0 {
+            for (i, byte) in data.iter_mut().enumerate() {
+                let at = usize::from(offset) + i;
+                *byte = HOST_BRIDGE.get(at / 4).map_or(0, |word| word.to_le_bytes()[at % 4]);
+            }
+        } else if let Some(slot) = &self.slots[slot] {
+            lock(&slot.function).config_read(offset, data);
+        }
+    }
+
+    fn write_config(&mut self, slot: usize, offset: u16, data: &[u8]) {
+        let Some(slot) = &mut self.slots[slot] else { return };
+        let wanted = {
+            let mut function = lock(&slot.function);
+            function.config_write(offset, data);
+            function.bar_address()
+        };
+        if wanted == slot.mapped {
+            return;
+        }
+        if let Some(old) = slot.mapped.take() {
+            self.mmio.remove(old);
+        }
+        if let Some(new) = wanted {
+            if self.mmio.insert(new, BAR_SIZE, slot.function.clone()) {
+                slot.mapped = wanted;
+            } else {
+                crate::observe::guest_warning!("a BAR at {new:#x} would cover another device: it stays unmapped");
+            }
+        }
+        lock(&slot.function).map_doorbells(slot.mapped);
+    }
+}
+
+impl BusDevice for VirtioPci {
+    fn read(&mut self, offset: u64, data: &mut [u8]) {
+        self.bar_read(offset, data);
+    }
+
+    fn write(&mut self, offset: u64, data: &[u8]) {
+        self.bar_write(offset, data);
+    }
+}
+
+/// Configuration mechanism 1 (PCI Local Bus 3.0, 3.2.2.3.2): address at 0xcf8, data at 0xcfc.
+pub struct ConfigPorts(pub Arc<Mutex<PciRoot>>);
+
+impl ConfigPorts {
+    /// Slot and offset of a data access, if the address names a function that can exist.
+    fn target(address: u32, offset: u64, len: usize) -> Option<(usize, u16)> {
+        let at = offset.checked_sub(DATA_OFFSET)?;
+        let bus_and_function = address >> 16 & 0xff | address >> 8 & 7;
+        let valid = address & ADDRESS_ENABLE != 0 && bus_and_function == 0 && at + len as u64 <= 4;
+        valid.then_some(((address >> 11 & 0x1f) as usize, (address & 0xfc) as u16 + at as u16))
+    }
+}
+
+impl BusDevice for ConfigPorts {
+    fn read(&mut self, offset: u64, data: &mut [u8]) {
+        let root = lock(&self.0);
+        if let Some((slot, at)) = Self::target(root.address, offset, data.len()) {
+            root.read_config(slot, at, data);
+        } else if offset < DATA_OFFSET && offset as usize + data.len() <= 4 {
+            data.copy_from_slice(&root.address.to_le_bytes()[offset as usize..][..data.len()]);
+        }
+    }
+
+    fn write(&mut self, offset: u64, data: &[u8]) {
+        let mut root = lock(&self.0);
+        if let Some((slot, at)) = Self::target(root.address, offset, data.len()) {
+            root.write_config(slot, at, data);
+        } else if let (0, Ok(bytes)) = (offset, data.try_into()) {
+            root.address = u32::from_le_bytes(bytes);
+        }
+    }
+}
+
+/// The enhanced configuration access mechanism (PCI Express Base, 7.2.2): 4 KiB for each function of bus 0.
+pub struct Ecam(pub Arc<Mutex<PciRoot>>);
+
+impl Ecam {
+    fn target(offset: u64, len: usize) -> Option<(usize, u16)> {
+        let (devfn, at) = ((offset >> 12) as usize, (offset & 0xfff) as u16);
+        let valid = devfn < SLOTS * 8 && devfn.is_multiple_of(8) && usize::from(at) + len <= 0x1000;
+        valid.then_some((devfn / 8, at))
+    }
+}
+
+impl BusDevice for Ecam {
+    fn read(&mut self, offset: u64, data: &mut [u8]) {
+        if let Some((slot, at)) = Self::target(offset, data.len()) {
+            lock(&self.0).read_config(slot, at, data);
+        }
+    }
+
+    fn write(&mut self, offset: u64, data: &[u8]) {
+        if let Some((slot, at)) = Self::target(offset, data.len()) {
+            lock(&self.0).write_config(slot, at, data);
+        }
+    }
+}
+
+fn lock<T>(mutex: &Mutex<T>) -> MutexGuard<'_, T> {
+    mutex.lock().unwrap_or_else(PoisonError::into_inner)
+}
