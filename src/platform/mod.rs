@@ -1,7 +1,10 @@
 //! What a PC needs: memory map, ACPI tables, buses, interrupts, PCI root, serial, reset.
 
+pub mod acpi;
 pub mod bus;
+pub mod events;
 pub mod layout;
+pub mod power;
 
 /// What a guest does that the machine's owner has to hear of.
 #[derive(Debug, Clone, Copy, PartialEq, Eq)]
