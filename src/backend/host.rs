@@ -7,7 +7,8 @@ use std::fmt;
 use std::fs::{File, OpenOptions};
 use std::io;
 use std::os::unix::fs::OpenOptionsExt;
-use std::path::PathBuf;
+use std::os::unix::net::{UnixListener, UnixStream};
+use std::path::{Path, PathBuf};
 
 /// A host resource a VM can ask for.
 #[derive(Debug, Clone, PartialEq, Eq)]
@@ -42,6 +43,12 @@ pub trait HostFiles: Send + Sync {
     /// # Errors
     /// Whatever the host says about the file.
     fn open(&self, file: &HostFile) -> io::Result<File>;
+
+    /// Listens on a unix socket at `path`. A socket file that nobody listens on any more is replaced.
+    ///
+    /// # Errors
+    /// `AddrInUse` when somebody does, or the path is something else.
+    fn listen(&self, path: &Path) -> io::Result<UnixListener>;
 }
 
 /// Opens files with the rights of this process.
@@ -60,5 +67,38 @@ impl HostFiles for OpenDirectly {
             }
             HostFile::SerialOutput(path) => options.write(true).create(true).truncate(true).open(path),
         }
+    }
+
+    fn listen(&self, path: &Path) -> io::Result<UnixListener> {
+        match UnixListener::bind(path) {
+            Err(error) if error.kind() == io::ErrorKind::AddrInUse => {
+                let stale = UnixStream::connect(path).is_err_and(|e| e.kind() == io::ErrorKind::ConnectionRefused);
+                if !stale {
+                    return Err(error);
+                }
+                std::fs::remove_file(path)?;
+                UnixListener::bind(path)
+            }
+            result => result,
+        }
+    }
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    #[test]
+    fn only_a_stale_socket_is_replaced() {
+        let dir = tempfile::tempdir().unwrap();
+        let path = dir.path().join("s");
+        let first = OpenDirectly.listen(&path).unwrap();
+        assert_eq!(OpenDirectly.listen(&path).unwrap_err().kind(), io::ErrorKind::AddrInUse);
+        drop(first);
+        OpenDirectly.listen(&path).unwrap();
+        let file = dir.path().join("file");
+        std::fs::write(&file, "precious").unwrap();
+        OpenDirectly.listen(&file).unwrap_err();
+        assert_eq!(std::fs::read(&file).unwrap(), b"precious");
     }
 }

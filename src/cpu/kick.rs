@@ -9,6 +9,7 @@
 use std::ptr::NonNull;
 use std::sync::atomic::{AtomicU8, Ordering};
 
+use kvm_bindings::kvm_run;
 use kvm_ioctls::VcpuFd;
 use vmm_sys_util::signal::{SIGRTMIN, register_signal_handler};
 
@@ -23,31 +24,41 @@ pub fn install_handler() -> Result<(), vmm_sys_util::errno::Error> {
     register_signal_handler(kick_signal(), nothing)
 }
 
-/// The `immediate_exit` byte of one vCPU.
-pub struct ExitFlag(NonNull<AtomicU8>);
+/// The page a vCPU shares with KVM (`struct kvm_run`), for what the safe interface does not reach.
+///
+/// It must not be used after the vCPU is dropped, which unmaps the page: the vCPU's handle owns one, and joins
+/// the thread that owns the vCPU before it lets go of either.
+#[derive(Clone, Copy)]
+pub struct RunPage(NonNull<kvm_run>);
 
-// SAFETY: the byte is only touched atomically, and outlives the handle as `new` demands.
-unsafe impl Send for ExitFlag {}
+// SAFETY: other threads than the vCPU's only touch `immediate_exit`, atomically.
+unsafe impl Send for RunPage {}
 
-impl ExitFlag {
-    /// The flag must not be used after `vcpu`'s page is unmapped, which is when the vCPU is dropped: the vCPU's
-    /// handle owns this flag and joins the thread that owns the vCPU before it lets go of it.
-    pub fn new(vcpu: &mut VcpuFd) -> Self {
-        let byte = &raw mut vcpu.get_kvm_run().immediate_exit;
-        // SAFETY: `AtomicU8` has the layout of `u8`; the pointer is into a live mapping and not null.
-        Self(unsafe { NonNull::new_unchecked(byte.cast()) })
+impl RunPage {
+    pub fn of(vcpu: &mut VcpuFd) -> Self {
+        Self(NonNull::from(vcpu.get_kvm_run()))
     }
 
-    pub fn set(&self) {
-        // SAFETY: see `new`.
-        unsafe { self.0.as_ref() }.store(1, Ordering::Release);
+    /// Lets the next or the present `KVM_RUN` return; the signal is the caller's part.
+    pub fn set_immediate_exit(self) {
+        // SAFETY: the page is mapped (see the type); `AtomicU8` has the layout of `u8`.
+        let flag = unsafe { AtomicU8::from_ptr(&raw mut (*self.0.as_ptr()).immediate_exit) };
+        flag.store(1, Ordering::Release);
     }
-}
 
-/// The suberror and data of a `KVM_EXIT_INTERNAL_ERROR`.
-pub fn internal_error_details(vcpu: &mut VcpuFd) -> (u32, Vec<u64>) {
-    // SAFETY: the exit reason says which member of the union is valid, and any bit pattern is a valid one.
-    let internal = unsafe { vcpu.get_kvm_run().__bindgen_anon_1.internal };
-    let count = (internal.ndata as usize).min(internal.data.len());
-    (internal.suberror, internal.data[..count].to_vec())
+    /// Bytes of one element of the port access that `KVM_RUN` returned for; a string instruction has several.
+    pub fn port_access_size(self) -> usize {
+        // SAFETY: the page is mapped, KVM does not write it outside of `KVM_RUN`, and after a port exit the
+        // union holds this member.
+        let size = unsafe { (*self.0.as_ptr()).__bindgen_anon_1.io.size };
+        usize::from(size).max(1)
+    }
+
+    /// The suberror and data of an internal error that `KVM_RUN` returned for.
+    pub fn internal_error(self) -> (u32, Vec<u64>) {
+        // SAFETY: as in `port_access_size`; any bit pattern is a valid value.
+        let internal = unsafe { (*self.0.as_ptr()).__bindgen_anon_1.internal };
+        let count = (internal.ndata as usize).min(internal.data.len());
+        (internal.suberror, internal.data[..count].to_vec())
+    }
 }

@@ -9,7 +9,7 @@ use kvm_ioctls::{VcpuExit, VcpuFd, VmFd};
 use thiserror::Error;
 use vmm_sys_util::signal::Killable;
 
-use super::kick::{self, ExitFlag};
+use super::kick::{self, RunPage};
 use super::{EntryPoint, HostCpuid, msrs};
 
 #[derive(Debug, Error)]
@@ -76,7 +76,7 @@ impl Vcpu {
     /// Starts the vCPU's thread, named `vcpuN`.
     pub fn start(mut self, handler: Arc<dyn ExitHandler>) -> Result<VcpuHandle, CpuError> {
         let id = self.id;
-        let exit_flag = ExitFlag::new(&mut self.fd);
+        let page = RunPage::of(&mut self.fd);
         let stop = Arc::new(AtomicBool::new(false));
         let stopped = stop.clone();
         // The vCPU travels into the thread and back out through the handle's join, which keeps its page mapped
@@ -85,28 +85,33 @@ impl Vcpu {
             .name(format!("vcpu{id}"))
             .stack_size(STACK)
             .spawn(move || {
-                self.run(&*handler, &stopped);
+                self.run(page, &*handler, &stopped);
                 self
             })
             .map_err(|source| CpuError::Thread { id, source })?;
-        Ok(VcpuHandle { thread: Some(thread), exit_flag, stop })
+        Ok(VcpuHandle { thread: Some(thread), page, stop })
     }
 
-    fn run(&mut self, handler: &dyn ExitHandler, stop: &AtomicBool) {
+    fn run(&mut self, page: RunPage, handler: &dyn ExitHandler, stop: &AtomicBool) {
         if self.id == 0 {
             handler.first_entry();
         }
         while !stop.load(Ordering::Acquire) {
             match self.fd.run() {
-                Ok(VcpuExit::IoOut(port, data)) => handler.port_write(port, data),
-                Ok(VcpuExit::IoIn(port, data)) => handler.port_read(port, data),
+                // `rep outs` and `rep ins` come as one exit with many elements for the same port.
+                Ok(VcpuExit::IoOut(port, data)) => {
+                    data.chunks(page.port_access_size()).for_each(|element| handler.port_write(port, element));
+                }
+                Ok(VcpuExit::IoIn(port, data)) => {
+                    data.chunks_mut(page.port_access_size()).for_each(|element| handler.port_read(port, element));
+                }
                 Ok(VcpuExit::MmioRead(addr, data)) => handler.mmio_read(addr, data),
                 Ok(VcpuExit::MmioWrite(addr, data)) => handler.mmio_write(addr, data),
                 Ok(VcpuExit::Shutdown) => return handler.shutdown(),
                 Ok(VcpuExit::FailEntry(reason, _)) => {
                     return handler.fault(VcpuFault::Entry { id: self.id, reason });
                 }
-                Ok(VcpuExit::InternalError) => return handler.fault(self.internal_error()),
+                Ok(VcpuExit::InternalError) => return handler.fault(self.internal_error(page)),
                 Ok(VcpuExit::Intr) => {}
                 Ok(other) => {
                     let exit = format!("{other:?}");
@@ -119,9 +124,9 @@ impl Vcpu {
         }
     }
 
-    fn internal_error(&mut self) -> VcpuFault {
+    fn internal_error(&self, page: RunPage) -> VcpuFault {
         let rip = self.fd.get_regs().map_or(0, |regs| regs.rip);
-        let (suberror, data) = kick::internal_error_details(&mut self.fd);
+        let (suberror, data) = page.internal_error();
         VcpuFault::Internal { id: self.id, suberror, rip, data }
     }
 }
@@ -132,7 +137,7 @@ const STACK: usize = 256 << 10;
 /// A running vCPU.
 pub struct VcpuHandle {
     thread: Option<JoinHandle<Vcpu>>,
-    exit_flag: ExitFlag,
+    page: RunPage,
     stop: Arc<AtomicBool>,
 }
 
@@ -140,7 +145,7 @@ impl VcpuHandle {
     /// Asks the vCPU to leave the guest for good; does not wait.
     pub fn ask_to_stop(&self) {
         self.stop.store(true, Ordering::Release);
-        self.exit_flag.set();
+        self.page.set_immediate_exit();
         if let Some(thread) = &self.thread {
             // It fails when the thread has ended, which is what is wanted.
             let _ = thread.kill(kick::kick_signal());

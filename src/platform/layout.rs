@@ -50,6 +50,9 @@ pub const ECAM: u64 = 0xe000_0000;
 /// One bus: 1 MiB.
 pub const ECAM_SIZE: u64 = 0x10_0000;
 
+/// Devices of bus 0 a guest may see come and go; device 0 is the host bridge.
+pub const PCI_HOTPLUG_SLOTS: std::ops::RangeInclusive<u8> = 1..=31;
+
 pub const IOAPIC: u64 = 0xfec0_0000;
 pub const LAPIC: u64 = 0xfee0_0000;
 /// Three pages KVM needs on Intel, and one more for its identity map.

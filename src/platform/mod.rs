@@ -1,9 +1,12 @@
 //! What a PC needs: memory map, ACPI tables, buses, interrupts, PCI root, serial, reset.
 
+pub mod acpi;
 pub mod bus;
+pub mod events;
 pub mod interrupts;
 pub mod layout;
 pub mod pci;
+pub mod power;
 pub mod serial;
 
 /// What a guest does that the machine's owner has to hear of.
