@@ -1,1 +1,8 @@
-fn main() {}
+//! The `tranche` program.
+
+use std::process::ExitCode;
+use std::time::Instant;
+
+fn main() -> ExitCode {
+    tranche::cli::main(Instant::now())
+}

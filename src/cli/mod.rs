@@ -1,1 +1,48 @@
-//! (see lib.rs)
+//! The command line: one file per verb; parse, call, render. No VM logic.
+
+mod console;
+mod escape;
+mod exit;
+mod run;
+mod signals;
+mod terminal;
+
+use std::process::ExitCode;
+use std::time::Instant;
+
+use clap::{CommandFactory, Parser, Subcommand};
+
+/// A paravirtualized micro-VM monitor over KVM.
+#[derive(Debug, Parser)]
+#[command(name = "tranche", version, arg_required_else_help = true, after_help = exit::HELP)]
+struct Cli {
+    #[command(subcommand)]
+    verb: Verb,
+}
+
+#[derive(Debug, Subcommand)]
+enum Verb {
+    Run(run::RunArgs),
+}
+
+/// The command line's definition, from which man pages and completions are generated.
+#[must_use]
+pub fn command() -> clap::Command {
+    Cli::command()
+}
+
+/// Runs the program; `start` is when it began.
+#[must_use]
+pub fn main(start: Instant) -> ExitCode {
+    match Cli::parse().verb {
+        Verb::Run(args) => run::run(args, start),
+    }
+}
+
+#[cfg(test)]
+mod tests {
+    #[test]
+    fn the_command_line_is_well_formed() {
+        super::command().debug_assert();
+    }
+}

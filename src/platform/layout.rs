@@ -85,6 +85,14 @@ pub fn ram_ranges(size: u64) -> Vec<(GuestAddress, u64)> {
     ranges
 }
 
+/// Where 64-bit BARs may go, by the guest's physical address bits: the upper half of what Linux maps with four
+/// levels of page tables. `None` where that half starts within reach of RAM.
+#[must_use]
+pub fn pci_window_64(address_bits: u8) -> Option<(u64, u64)> {
+    let bits = address_bits.min(46);
+    (bits >= 38).then(|| (1 << (bits - 1), 1 << bits))
+}
+
 #[cfg(test)]
 mod tests {
     use super::*;

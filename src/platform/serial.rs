@@ -71,6 +71,17 @@ impl SerialEvents for Room {
     }
 }
 
+/// What became of offered input.
+#[derive(Debug, Clone, Copy, PartialEq, Eq)]
+pub enum Enqueued {
+    /// The guest's FIFO took this many bytes, at least one.
+    Taken(usize),
+    /// Wait for [`SerialPort::room`].
+    Full,
+    /// A vCPU is just writing, perhaps to an output that is slow: try again in a moment.
+    Busy,
+}
+
 /// The port, shared by the vCPUs (through [`SerialDevice`]) and whoever feeds its input.
 pub struct SerialPort {
     uart: Mutex<Serial<Line, Room, Output>>,
@@ -89,13 +100,20 @@ impl SerialPort {
         Ok(Self { uart: Mutex::new(uart), room })
     }
 
-    /// Offers input; returns how many bytes the guest's FIFO took. Zero means: wait for [`Self::room`], or, if
-    /// the guest is just writing to a slow output, a moment.
-    pub fn enqueue(&self, bytes: &[u8]) -> usize {
-        match self.uart.try_lock() {
-            Ok(mut uart) => uart.enqueue_raw_bytes(bytes).unwrap_or(0),
-            Err(TryLockError::Poisoned(uart)) => uart.into_inner().enqueue_raw_bytes(bytes).unwrap_or(0),
-            Err(TryLockError::WouldBlock) => 0,
+    /// Offers input to the guest.
+    pub fn enqueue(&self, bytes: &[u8]) -> Enqueued {
+        let mut uart = match self.uart.try_lock() {
+            Ok(uart) => uart,
+            Err(TryLockError::Poisoned(uart)) => uart.into_inner(),
+            Err(TryLockError::WouldBlock) => return Enqueued::Busy,
+        };
+        if uart.fifo_capacity() == 0 {
+            return Enqueued::Full;
+        }
+        // In loop-back mode the line is cut: what comes in is lost.
+        match uart.enqueue_raw_bytes(bytes) {
+            Ok(0) | Err(_) => Enqueued::Taken(bytes.len()),
+            Ok(count) => Enqueued::Taken(count),
         }
     }
 

@@ -1,0 +1,126 @@
+//! Exit codes, and errors as a user reads them: what failed, why, and what to do.
+
+use std::error::Error;
+use std::fmt::Write as _;
+
+use crate::backend::disk::DiskError;
+use crate::backend::tap::TapError;
+use crate::boot::BootError;
+use crate::machine::{End, KvmError, MachineError};
+
+/// How the program ends. The numbers are a promise: docs/exit-codes.md lists them.
+#[derive(Debug, Clone, Copy, PartialEq, Eq)]
+#[repr(u8)]
+pub enum Exit {
+    PowerOff = 0,
+    Internal = 1,
+    // 2 is clap's, for a command line that makes no sense.
+    Usage = 2,
+    Reset = 3,
+    Panicked = 4,
+    Killed = 5,
+    GuestFault = 6,
+    NoKvm = 10,
+    KvmPermission = 11,
+    KvmCapability = 12,
+    KernelUnreadable = 20,
+    NotAKernel = 21,
+    KernelDamaged = 22,
+    KernelDoesNotFit = 23,
+    InitrdUnreadable = 24,
+    InitrdDoesNotFit = 25,
+    Cmdline = 26,
+    DiskUnreadable = 30,
+    DiskLocked = 31,
+    DiskUnusable = 32,
+    NoSuchTap = 40,
+    TapUnusable = 41,
+    Serial = 50,
+}
+
+pub const HELP: &str = "\
+Exit status: 0 the guest powered off, 3 it reset, 4 its kernel panicked, 5 it was stopped from outside,
+6 a vCPU could not go on; 1 an internal error, 2 wrong usage, 10 to 12 KVM, 20 to 26 kernel, initrd and
+command line, 30 to 32 disks, 40 and 41 taps, 50 the serial port. See docs/exit-codes.md.";
+
+impl From<&End> for Exit {
+    fn from(end: &End) -> Self {
+        match end {
+            End::PowerOff => Self::PowerOff,
+            End::Reset => Self::Reset,
+            End::Panicked => Self::Panicked,
+            End::Killed => Self::Killed,
+            End::Fault(_) => Self::GuestFault,
+        }
+    }
+}
+
+/// The exit code of an error, and what a user can do about it.
+fn judge(error: &MachineError) -> (Exit, Option<String>) {
+    let hint = |text: &str| Some(text.to_owned());
+    match error {
+        MachineError::Config(_) => (Exit::Usage, hint("see 'tranche help run'")),
+        MachineError::Kvm(error) => match error {
+            KvmError::Missing(_) => (
+                Exit::NoKvm,
+                hint("turn on VT-x or AMD-V in the firmware (or nested virtualization in the hypervisor around), then 'modprobe kvm-intel' or 'modprobe kvm-amd'"),
+            ),
+            KvmError::Permission(_) => {
+                (Exit::KvmPermission, hint("join the group that owns it: 'sudo usermod -aG kvm $USER', then log in again"))
+            }
+            KvmError::Capability(_) | KvmError::Version(_) => {
+                (Exit::KvmCapability, hint("a newer kernel on the host has it"))
+            }
+            KvmError::Cpus { max, .. } => (Exit::KvmCapability, Some(format!("give --cpus {max} or less"))),
+            KvmError::Open(_) | KvmError::Call { .. } => (Exit::Internal, None),
+        },
+        MachineError::Boot(error) => judge_boot(error),
+        MachineError::Disk(error) => {
+            let exit = match error {
+                DiskError::Open { .. } => Exit::DiskUnreadable,
+                DiskError::Locked { .. } => Exit::DiskLocked,
+                _ => Exit::DiskUnusable,
+            };
+            (exit, error.hint())
+        }
+        MachineError::Tap(error) => {
+            let exit = if matches!(error, TapError::NoSuchTap { .. }) { Exit::NoSuchTap } else { Exit::TapUnusable };
+            (exit, error.hint())
+        }
+        MachineError::Serial { .. } => (Exit::Serial, hint("give a path in a directory that exists and is yours to write to")),
+        MachineError::Memory(_) => (Exit::Internal, hint("give less --memory")),
+        MachineError::Host { .. } => (Exit::Internal, hint("look at the limits of open files and threads ('ulimit -a')")),
+        MachineError::Cpu(_) | MachineError::Acpi(_) => (Exit::Internal, None),
+    }
+}
+
+fn judge_boot(error: &BootError) -> (Exit, Option<String>) {
+    let (exit, hint) = match error {
+        BootError::ReadKernel { .. } => (Exit::KernelUnreadable, "check the path of --kernel and its permissions"),
+        BootError::NotAKernel { .. } => (Exit::NotAKernel, "give a bzImage (such as /boot/vmlinuz) or an ELF vmlinux for x86-64"),
+        BootError::KernelDamaged { .. } => (Exit::KernelDamaged, "fetch or copy the file again"),
+        BootError::KernelDoesNotFit { .. } => (Exit::KernelDoesNotFit, "give more --memory"),
+        BootError::ReadInitrd { .. } | BootError::InitrdEmpty { .. } => {
+            (Exit::InitrdUnreadable, "check the path of --initrd and its permissions")
+        }
+        BootError::InitrdDoesNotFit { .. } => (Exit::InitrdDoesNotFit, "give more --memory"),
+        BootError::CmdlineTooLong { .. } | BootError::CmdlineCharacter { .. } => (Exit::Cmdline, "mend --cmdline"),
+        BootError::GuestMemory(_) => return (Exit::Internal, None),
+    };
+    (exit, Some(hint.to_owned()))
+}
+
+/// Prints an error in three lines at most, and tells the exit code.
+pub fn report(error: &MachineError) -> Exit {
+    let (exit, hint) = judge(error);
+    let mut text = format!("tranche: error: {error}\n");
+    let causes: Vec<String> = std::iter::successors(error.source(), |e| e.source()).map(ToString::to_string).collect();
+    if !causes.is_empty() {
+        let _ = writeln!(text, "  cause: {}", causes.join(": "));
+    }
+    if let Some(hint) = hint {
+        let _ = writeln!(text, "  hint: {hint}");
+    }
+    eprint!("{text}");
+    exit
+}

@@ -1,0 +1,265 @@
+//! From a configuration to a machine that waits for its start.
+//!
+//! The order is the cheap one: memory slots first (each costs a grace period once interrupt routes exist), then
+//! the interrupt controllers, the kernel, the devices, and the vCPUs at the end.
+
+use std::fs::File;
+use std::sync::{Arc, Mutex};
+
+use kvm_bindings::{KVM_API_VERSION, KVM_PIT_SPEAKER_DUMMY, kvm_pit_config, kvm_userspace_memory_region};
+use kvm_ioctls::{Cap, Kvm, VmFd};
+use vm_memory::{GuestMemoryBackend, GuestMemoryRegion};
+
+use super::board::{Board, News};
+use super::error::{KvmError, MachineError};
+use super::events::EventQueue;
+use super::lifecycle::State;
+use super::Machine;
+use crate::backend::disk::Disk;
+use crate::backend::tap::Tap;
+use crate::backend::{HostFile, HostFiles};
+use crate::boot::{self, BootFile, BootSource};
+use crate::config::{DiskConfig, NetConfig, SerialConfig, VmConfig};
+use crate::cpu::{self, EntryPoint, HostCpuid, Vcpu};
+use crate::devices::{Block, Net, Rng};
+use crate::memory::{self, Ram};
+use crate::observe::{Milestone, Timeline};
+use crate::platform::acpi::{self, AcpiConfig};
+use crate::platform::bus::{Bus, BusDevice};
+use crate::platform::events::EventDevice;
+use crate::platform::interrupts::Interrupts;
+use crate::platform::pci::{CONFIG_PORTS, CONFIG_PORTS_LEN, ConfigPorts, Ecam, PciRoot};
+use crate::platform::serial::{SerialDevice, SerialOutput, SerialPort, stdout_file};
+use crate::platform::{EventSink, events, layout, power};
+use crate::virtio::VirtioDevice;
+use crate::virtio::pci::VirtioPci;
+
+/// Where the serial port's output goes: opened by the caller, who may also have to restore a terminal.
+pub struct SerialSetup(pub SerialOutput);
+
+impl SerialSetup {
+    /// Opens what the configuration names. A socket has no client yet; the caller listens.
+    ///
+    /// # Errors
+    /// When a file cannot be created.
+    pub fn open(config: &SerialConfig, host: &dyn HostFiles) -> Result<Self, MachineError> {
+        Ok(Self(match config {
+            SerialConfig::Null => SerialOutput::Null,
+            SerialConfig::Socket(_) => SerialOutput::Socket(None),
+            SerialConfig::Stdio => {
+                SerialOutput::File(stdout_file().map_err(MachineError::host("use standard output"))?)
+            }
+            SerialConfig::File(path) => {
+                let file = host.open(&HostFile::SerialOutput(path.clone()));
+                SerialOutput::File(file.map_err(|source| MachineError::Serial { path: path.clone(), source })?)
+            }
+        }))
+    }
+}
+
+impl Machine {
+    /// Builds a machine: everything is open, loaded and ready when this returns.
+    ///
+    /// # Errors
+    /// The first thing that is wrong; nothing is left behind then.
+    pub fn build(
+        config: &VmConfig,
+        host: &dyn HostFiles,
+        serial: SerialSetup,
+        timeline: &Arc<Timeline>,
+    ) -> Result<Self, MachineError> {
+        config.validate()?;
+        let kvm = open_kvm(host, config.cpus)?;
+        let vm = Arc::new(kvm.create_vm().map_err(KvmError::call("create a VM"))?);
+        timeline.mark(Milestone::VmCreated);
+
+        let ram = memory::anonymous(&layout::ram_ranges(config.memory.0))?;
+        map_memory(&vm, &ram)?;
+        timeline.mark(Milestone::MemoryMapped);
+
+        create_interrupt_controllers(&vm)?;
+        let entry = load_kernel(config, host, &ram)?;
+        timeline.mark(Milestone::KernelLoaded);
+
+        let cpuid = HostCpuid::new(&kvm)?;
+        let address_bits = cpuid.physical_address_bits();
+        acpi::write(&ram, &AcpiConfig { cpus: config.cpus.into(), pci_window_64: layout::pci_window_64(address_bits) })?;
+
+        let events = Arc::new(EventQueue::new().map_err(MachineError::host("make an event queue"))?);
+        let news = Arc::new(News { events: events.clone(), timeline: timeline.clone() });
+        let board = Arc::new(Board { ports: Bus::default(), mmio: Arc::default(), news: news.clone() });
+        let interrupts = Arc::new(Interrupts::new(vm.clone()));
+        let (event_device, serial) = attach_platform(&board, news, &interrupts, serial, timeline)?;
+        attach_pci(config, host, &ram, &board, &interrupts)?;
+
+        let waiting = create_vcpus(&vm, &cpuid, config.cpus, &entry)?;
+        cpu::install_kick_handler().map_err(|e| KvmError::call("install its signal handler")(e))?;
+        timeline.mark(Milestone::DevicesReady);
+        Ok(Self { state: State::Built, waiting, running: Vec::new(), board, event_device, serial, events, _ram: ram })
+    }
+}
+
+/// What the machine cannot do without.
+const CAPABILITIES: [(Cap, &str); 7] = [
+    (Cap::UserMemory, "user memory (KVM_CAP_USER_MEMORY)"),
+    (Cap::Irqchip, "the in-kernel interrupt controllers (KVM_CAP_IRQCHIP)"),
+    (Cap::Pit2, "the in-kernel timer (KVM_CAP_PIT2)"),
+    (Cap::Ioeventfd, "doorbells (KVM_CAP_IOEVENTFD)"),
+    (Cap::Irqfd, "interrupts by eventfd (KVM_CAP_IRQFD)"),
+    (Cap::ExtCpuid, "CPUID (KVM_CAP_EXT_CPUID)"),
+    (Cap::ImmediateExit, "immediate exits (KVM_CAP_IMMEDIATE_EXIT)"),
+];
+
+fn open_kvm(host: &dyn HostFiles, cpus: u8) -> Result<Kvm, KvmError> {
+    let file = host.open(&HostFile::Kvm).map_err(|error| match error.kind() {
+        // ENODEV and ENXIO: a node without a driver behind it.
+        _ if [Some(libc::ENODEV), Some(libc::ENXIO)].contains(&error.raw_os_error()) => KvmError::Missing(error),
+        std::io::ErrorKind::NotFound => KvmError::Missing(error),
+        std::io::ErrorKind::PermissionDenied => KvmError::Permission(error),
+        _ => KvmError::Open(error),
+    })?;
+    let kvm = kvm_of(file);
+    let version = kvm.get_api_version();
+    if version != KVM_API_VERSION as i32 {
+        return Err(KvmError::Version(version));
+    }
+    check_capabilities(|cap| kvm.check_extension(cap))?;
+    let max = kvm.get_max_vcpus();
+    if usize::from(cpus) > max {
+        return Err(KvmError::Cpus { wanted: cpus, max });
+    }
+    Ok(kvm)
+}
+
+#[expect(unsafe_code, reason = "kvm-ioctls takes a raw descriptor")]
+fn kvm_of(file: File) -> Kvm {
+    use std::os::fd::{FromRawFd, IntoRawFd};
+    // SAFETY: the descriptor is open and its ownership passes on.
+    unsafe { Kvm::from_raw_fd(file.into_raw_fd()) }
+}
+
+fn check_capabilities(has: impl Fn(Cap) -> bool) -> Result<(), KvmError> {
+    match CAPABILITIES.into_iter().find(|(cap, _)| !has(*cap)) {
+        Some((_, name)) => Err(KvmError::Capability(name)),
+        None => Ok(()),
+    }
+}
+
+#[expect(unsafe_code, reason = "KVM is handed raw addresses")]
+fn map_memory(vm: &VmFd, ram: &Ram) -> Result<(), KvmError> {
+    for (slot, region) in (0..).zip(ram.iter()) {
+        let slot = kvm_userspace_memory_region {
+            slot,
+            flags: 0,
+            guest_phys_addr: region.start_addr().0,
+            memory_size: region.len(),
+            userspace_addr: region.as_ptr() as u64,
+        };
+        // SAFETY: the mapping is as long as said, and the machine drops it after its last vCPU.
+        unsafe { vm.set_user_memory_region(slot) }.map_err(KvmError::call("map guest memory"))?;
+    }
+    Ok(())
+}
+
+fn create_interrupt_controllers(vm: &VmFd) -> Result<(), KvmError> {
+    vm.set_identity_map_address(layout::KVM_IDENTITY_MAP).map_err(KvmError::call("place its identity map"))?;
+    vm.set_tss_address(layout::KVM_TSS as usize).map_err(KvmError::call("place its TSS"))?;
+    vm.create_irq_chip().map_err(KvmError::call("create the interrupt controllers"))?;
+    let pit = kvm_pit_config { flags: KVM_PIT_SPEAKER_DUMMY, ..Default::default() };
+    vm.create_pit2(pit).map_err(KvmError::call("create the timer"))
+}
+
+fn load_kernel(config: &VmConfig, host: &dyn HostFiles, ram: &Ram) -> Result<EntryPoint, MachineError> {
+    let kernel = BootFile::open(host, &config.kernel).map_err(boot::BootError::kernel(&config.kernel))?;
+    let initrd = match &config.initrd {
+        Some(path) => Some(BootFile::open(host, path).map_err(boot::BootError::initrd(path))?),
+        None => None,
+    };
+    let source = BootSource { kernel, initrd, cmdline: config.kernel_cmdline(), rsdp: layout::ACPI };
+    Ok(boot::load(ram, &source)?)
+}
+
+type Platform = (Arc<Mutex<EventDevice>>, Arc<SerialPort>);
+
+fn attach_platform(
+    board: &Board,
+    news: Arc<News>,
+    interrupts: &Interrupts,
+    serial: SerialSetup,
+    timeline: &Arc<Timeline>,
+) -> Result<Platform, MachineError> {
+    let line = |gsi| interrupts.line(gsi).map_err(MachineError::host("make an interrupt line"));
+    let serial = SerialPort::new(line(layout::SERIAL_GSI)?, serial.0, timeline.clone());
+    let serial = Arc::new(serial.map_err(MachineError::host("make the serial port"))?);
+    // No device can be unplugged yet, so there is nothing to do when a guest lets go of one.
+    let event_device = Arc::new(Mutex::new(EventDevice::new(line(layout::EVENT_GSI)?, Box::new(|_slot| {}))));
+    let sink: Arc<dyn EventSink> = news;
+    let placed = power::attach(&board.ports, &board.mmio, &sink)
+        && board.ports.insert(layout::SERIAL_PORT.into(), 8, shared(SerialDevice(serial.clone())))
+        && board.mmio.insert(layout::EVENT_DEVICE, events::REGISTERS_SIZE, event_device.clone());
+    assert!(placed, "the platform's places do not overlap");
+    Ok((event_device, serial))
+}
+
+fn attach_pci(
+    config: &VmConfig,
+    host: &dyn HostFiles,
+    ram: &Ram,
+    board: &Board,
+    interrupts: &Arc<Interrupts>,
+) -> Result<(), MachineError> {
+    let mut devices: Vec<Box<dyn VirtioDevice>> = Vec::new();
+    for (index, disk) in config.disks.iter().enumerate() {
+        devices.push(Box::new(open_block(index, disk, host)?));
+    }
+    for (index, nic) in config.nics.iter().enumerate() {
+        devices.push(Box::new(open_net(index, nic, host)?));
+    }
+    devices.push(Box::new(Rng::new("rng0").map_err(MachineError::host("make the entropy device"))?));
+
+    let mut root = PciRoot::new(board.mmio.clone());
+    for (slot, device) in (1..).zip(devices) {
+        let function = VirtioPci::new(device, ram.clone(), interrupts.clone(), PciRoot::initial_bar(slot));
+        root.insert(slot, function.map_err(MachineError::host("make a PCI function"))?);
+    }
+    let root = Arc::new(Mutex::new(root));
+    let placed = board.ports.insert(CONFIG_PORTS.into(), CONFIG_PORTS_LEN, shared(ConfigPorts(root.clone())))
+        && board.mmio.insert(layout::ECAM, layout::ECAM_SIZE, shared(Ecam(root)));
+    assert!(placed, "the platform's places do not overlap");
+    Ok(())
+}
+
+fn open_block(index: usize, config: &DiskConfig, host: &dyn HostFiles) -> Result<Block, MachineError> {
+    let disk = Disk::open(host, &config.path, config.read_only)?;
+    Block::new(format!("block{index}"), disk, config.id.as_deref(), config.cache)
+        .map_err(MachineError::host("make a block device"))
+}
+
+fn open_net(index: usize, config: &NetConfig, host: &dyn HostFiles) -> Result<Net, MachineError> {
+    let tap = Tap::open(host, &config.tap)?;
+    Net::new(format!("net{index}"), tap, config.mac, config.mtu).map_err(MachineError::host("make a network card"))
+}
+
+fn create_vcpus(vm: &VmFd, cpuid: &HostCpuid, count: u8, entry: &EntryPoint) -> Result<Vec<Vcpu>, MachineError> {
+    let vcpus = (0..count).map(|id| Vcpu::new(vm, cpuid, id, count)).collect::<Result<Vec<_>, _>>()?;
+    vcpus[0].enter_at(entry)?;
+    Ok(vcpus)
+}
+
+fn shared<D: BusDevice>(device: D) -> Arc<Mutex<D>> {
+    Arc::new(Mutex::new(device))
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    #[test]
+    fn each_missing_capability_is_named() {
+        assert!(check_capabilities(|_| true).is_ok());
+        for (missing, name) in CAPABILITIES {
+            let error = check_capabilities(|cap| cap as u32 != missing as u32).unwrap_err();
+            assert!(error.to_string().contains(name), "{error}");
+        }
+    }
+}

@@ -1,0 +1,69 @@
+//! Why a machine cannot be built.
+
+use std::io;
+use std::path::PathBuf;
+
+use thiserror::Error;
+
+use crate::backend::disk::DiskError;
+use crate::backend::tap::TapError;
+use crate::boot::BootError;
+use crate::config::ConfigError;
+use crate::cpu::CpuError;
+use crate::memory::MemoryError;
+use crate::platform::acpi::AcpiError;
+
+#[derive(Debug, Error)]
+pub enum MachineError {
+    #[error("the VM's configuration is not valid")]
+    Config(#[from] ConfigError),
+    #[error(transparent)]
+    Kvm(#[from] KvmError),
+    #[error(transparent)]
+    Memory(#[from] MemoryError),
+    #[error(transparent)]
+    Boot(#[from] BootError),
+    #[error(transparent)]
+    Disk(#[from] DiskError),
+    #[error(transparent)]
+    Tap(#[from] TapError),
+    #[error("cannot open the serial port's output {}", path.display())]
+    Serial { path: PathBuf, source: io::Error },
+    #[error(transparent)]
+    Cpu(#[from] CpuError),
+    #[error(transparent)]
+    Acpi(#[from] AcpiError),
+    #[error("the host has no resources left to {what}")]
+    Host { what: &'static str, source: io::Error },
+}
+
+/// What is wrong with KVM on this host.
+#[derive(Debug, Error)]
+pub enum KvmError {
+    #[error("this host has no KVM: cannot open /dev/kvm")]
+    Missing(#[source] io::Error),
+    #[error("no permission to use /dev/kvm")]
+    Permission(#[source] io::Error),
+    #[error("cannot open /dev/kvm")]
+    Open(#[source] io::Error),
+    #[error("/dev/kvm speaks version {0} of the KVM API, not 12")]
+    Version(i32),
+    #[error("this host's KVM lacks {0}")]
+    Capability(&'static str),
+    #[error("this host's KVM runs at most {max} vCPUs in a VM, not {wanted}")]
+    Cpus { wanted: u8, max: usize },
+    #[error("KVM could not {what}")]
+    Call { what: &'static str, source: io::Error },
+}
+
+impl MachineError {
+    pub(super) fn host(what: &'static str) -> impl FnOnce(io::Error) -> Self {
+        move |source| Self::Host { what, source }
+    }
+}
+
+impl KvmError {
+    pub(super) fn call(what: &'static str) -> impl FnOnce(kvm_ioctls::Error) -> Self {
+        move |error| Self::Call { what, source: error.into() }
+    }
+}
