@@ -1,0 +1,59 @@
+# Tranche's house keeping. `make` alone says what there is.
+TARGET  := x86_64-unknown-linux-gnu
+CARGO   ?= cargo
+PREFIX  ?= /usr/local
+RELEASE := target/$(TARGET)/release/tranche
+TESTED  := target/$(TARGET)/test-release/tranche
+GUEST   := $(CURDIR)/target/guest
+
+# All integration tests but `linux`, which needs real guests and so has a runner of its own.
+NATIVE  := $(filter-out linux,$(notdir $(patsubst %/,%,$(dir $(wildcard tests/*/main.rs))) $(basename $(wildcard tests/*.rs))))
+SCRIPTS := $(shell grep -lE '^\#!/bin/(ba)?sh' .ci/run $$(find tests resources -type f)) \
+           resources/linux/initrd-init tests/lab/init
+
+.DEFAULT_GOAL := help
+.PHONY: help run test lint bench soak install clean release setup guest
+
+help: ## say what there is
+	@awk -F ':.*## ' '/^[a-z]+:.*## / { printf "  make %-9s %s\n", $$1, $$2 }' $(MAKEFILE_LIST)
+
+run: release setup guest ## boot Debian's cloud kernel to a shell (in an emulated machine without VT-x or AMD-V)
+	@resources/linux/run $(RELEASE) $(GUEST)
+
+test: setup guest ## run all tests, those with real guests too
+	$(CARGO) test --profile test-release --lib --bins $(addprefix --test ,$(NATIVE))
+	$(CARGO) test --profile test-release --doc
+	TRANCHE_GUEST_DIR=$(GUEST) CARGO_TARGET_X86_64_UNKNOWN_LINUX_GNU_RUNNER=$(CURDIR)/tests/lab/run-tests \
+		$(CARGO) test --profile test-release --test linux
+	TRANCHE_GUEST_DIR=$(GUEST) TRANCHE=$(CURDIR)/$(TESTED) tests/lab/power-loss
+
+lint: ## check format, code and scripts
+	$(CARGO) fmt --check
+	$(CARGO) clippy --all-targets -- -D warnings
+	@if command -v shellcheck > /dev/null; then echo shellcheck; shellcheck $(SCRIPTS); \
+	else echo "shellcheck is not installed: the scripts go unchecked"; fi
+
+bench: release setup guest ## measure speed and size
+	tests/bench/run
+
+soak: release setup guest ## run guests for long
+	tests/soak/run
+
+install: release ## install the program to $(DESTDIR)$(PREFIX)/bin
+	install -D -m 755 $(RELEASE) $(DESTDIR)$(PREFIX)/bin/tranche
+
+clean: ## remove everything that was built (downloads stay in ~/.cache/tranche)
+	$(CARGO) clean
+
+release: ## build the program
+	$(CARGO) build --release
+
+setup: ## install the Debian packages that tests and guests need, or say which
+	@tests/lab/setup
+
+guest: setup ## build the guest images in target/guest
+	@resources/linux/fetch-kernel cloud $(GUEST)
+	@resources/linux/build-initrd cloud $(GUEST)
+	@resources/linux/fetch-kernel generic $(GUEST)
+	@resources/linux/build-initrd generic $(GUEST)
+	@resources/linux/build-rootfs $(GUEST)
