@@ -92,7 +92,9 @@ impl Console {
         };
         let count = match file.read(&mut keys) {
             Ok(count) => count,
-            Err(error) if [io::ErrorKind::WouldBlock, io::ErrorKind::Interrupted].contains(&error.kind()) => return None,
+            Err(error) if [io::ErrorKind::WouldBlock, io::ErrorKind::Interrupted].contains(&error.kind()) => {
+                return None;
+            }
             Err(_) => 0,
         };
         if count == 0 {

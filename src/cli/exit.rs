@@ -63,11 +63,14 @@ fn judge(error: &MachineError) -> (Exit, Option<String>) {
         MachineError::Kvm(error) => match error {
             KvmError::Missing(_) => (
                 Exit::NoKvm,
-                hint("turn on VT-x or AMD-V in the firmware (or nested virtualization in the hypervisor around), then 'modprobe kvm-intel' or 'modprobe kvm-amd'"),
+                hint(
+                    "turn on VT-x or AMD-V in the firmware (or nested virtualization in the hypervisor around), then 'modprobe kvm-intel' or 'modprobe kvm-amd'",
+                ),
             ),
-            KvmError::Permission(_) => {
-                (Exit::KvmPermission, hint("join the group that owns it: 'sudo usermod -aG kvm $USER', then log in again"))
-            }
+            KvmError::Permission(_) => (
+                Exit::KvmPermission,
+                hint("join the group that owns it: 'sudo usermod -aG kvm $USER', then log in again"),
+            ),
             KvmError::Capability(_) | KvmError::Version(_) => {
                 (Exit::KvmCapability, hint("a newer kernel on the host has it"))
             }
@@ -87,9 +90,13 @@ fn judge(error: &MachineError) -> (Exit, Option<String>) {
             let exit = if matches!(error, TapError::NoSuchTap { .. }) { Exit::NoSuchTap } else { Exit::TapUnusable };
             (exit, error.hint())
         }
-        MachineError::Serial { .. } => (Exit::Serial, hint("give a path in a directory that exists and is yours to write to")),
+        MachineError::Serial { .. } => {
+            (Exit::Serial, hint("give a path in a directory that exists and is yours to write to"))
+        }
         MachineError::Memory(_) => (Exit::Internal, hint("give less --memory")),
-        MachineError::Host { .. } => (Exit::Internal, hint("look at the limits of open files and threads ('ulimit -a')")),
+        MachineError::Host { .. } => {
+            (Exit::Internal, hint("look at the limits of open files and threads ('ulimit -a')"))
+        }
         MachineError::Cpu(_) | MachineError::Acpi(_) => (Exit::Internal, None),
     }
 }
@@ -97,7 +104,9 @@ fn judge(error: &MachineError) -> (Exit, Option<String>) {
 fn judge_boot(error: &BootError) -> (Exit, Option<String>) {
     let (exit, hint) = match error {
         BootError::ReadKernel { .. } => (Exit::KernelUnreadable, "check the path of --kernel and its permissions"),
-        BootError::NotAKernel { .. } => (Exit::NotAKernel, "give a bzImage (such as /boot/vmlinuz) or an ELF vmlinux for x86-64"),
+        BootError::NotAKernel { .. } => {
+            (Exit::NotAKernel, "give a bzImage (such as /boot/vmlinuz) or an ELF vmlinux for x86-64")
+        }
         BootError::KernelDamaged { .. } => (Exit::KernelDamaged, "fetch or copy the file again"),
         BootError::KernelDoesNotFit { .. } => (Exit::KernelDoesNotFit, "give more --memory"),
         BootError::ReadInitrd { .. } | BootError::InitrdEmpty { .. } => {

@@ -178,7 +178,13 @@ fn serve(machine: &mut Machine, console: &mut Console, signals: &mut Signals) ->
     let mut presses = 0;
     loop {
         let ready = input.follow(console.input(), &epoll)?;
-        let timeout = if ready { 0 } else if console.is_busy() { BUSY_MS } else { -1 };
+        let timeout = if ready {
+            0
+        } else if console.is_busy() {
+            BUSY_MS
+        } else {
+            -1
+        };
         let mut events = [EpollEvent::default(); 8];
         let count = match epoll.wait(timeout, &mut events) {
             Err(error) if error.kind() == io::ErrorKind::Interrupted => 0,

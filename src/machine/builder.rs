@@ -10,11 +10,11 @@ use kvm_bindings::{KVM_API_VERSION, KVM_PIT_SPEAKER_DUMMY, kvm_pit_config, kvm_u
 use kvm_ioctls::{Cap, Kvm, VmFd};
 use vm_memory::{GuestMemoryBackend, GuestMemoryRegion};
 
+use super::Machine;
 use super::board::{Board, News};
 use super::error::{KvmError, MachineError};
 use super::events::EventQueue;
 use super::lifecycle::State;
-use super::Machine;
 use crate::backend::disk::Disk;
 use crate::backend::tap::Tap;
 use crate::backend::{HostFile, HostFiles};
@@ -83,7 +83,10 @@ impl Machine {
 
         let cpuid = HostCpuid::new(&kvm)?;
         let address_bits = cpuid.physical_address_bits();
-        acpi::write(&ram, &AcpiConfig { cpus: config.cpus.into(), pci_window_64: layout::pci_window_64(address_bits) })?;
+        acpi::write(
+            &ram,
+            &AcpiConfig { cpus: config.cpus.into(), pci_window_64: layout::pci_window_64(address_bits) },
+        )?;
 
         let events = Arc::new(EventQueue::new().map_err(MachineError::host("make an event queue"))?);
         let news = Arc::new(News { events: events.clone(), timeline: timeline.clone() });

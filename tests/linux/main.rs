@@ -1,0 +1,13 @@
+//! Real Linux guests on a real KVM: Debian's kernels as they come, a root disk, a tap.
+//!
+//! `TRANCHE_GUEST_DIR` names the directory that `make guest` fills. The tests run one at a time: most machines
+//! that run them emulate KVM.
+
+#[path = "../support/mod.rs"]
+mod support;
+
+mod boot;
+mod disk;
+mod endings;
+mod guest;
+mod net;

@@ -1,0 +1,129 @@
+//! Runs the program under test, with a time limit on everything.
+#![allow(dead_code, reason = "each test binary uses its part")]
+
+use std::fs::File;
+use std::io::{Read, Write};
+use std::path::{Path, PathBuf};
+use std::process::{Child, Command, ExitStatus, Stdio};
+use std::sync::{Arc, Condvar, Mutex};
+use std::time::{Duration, Instant};
+
+use rustix::process::{Pid, Signal, kill_process};
+
+pub fn tranche() -> Command {
+    Command::new(env!("CARGO_BIN_EXE_tranche"))
+}
+
+/// What a stream has said so far.
+#[derive(Clone, Default)]
+pub struct Transcript(Arc<(Mutex<Vec<u8>>, Condvar)>);
+
+impl Transcript {
+    pub fn of(mut stream: impl Read + Send + 'static) -> Self {
+        let transcript = Self::default();
+        let writer = transcript.clone();
+        std::thread::spawn(move || {
+            let mut chunk = [0; 4096];
+            while let Ok(count @ 1..) = stream.read(&mut chunk) {
+                let (text, changed) = &*writer.0;
+                text.lock().unwrap().extend_from_slice(&chunk[..count]);
+                changed.notify_all();
+            }
+        });
+        transcript
+    }
+
+    pub fn text(&self) -> String {
+        String::from_utf8_lossy(&self.0.0.lock().unwrap()).replace('\r', "")
+    }
+
+    /// Waits until `what` has been said.
+    pub fn wait_for(&self, what: &str, limit: Duration) {
+        let deadline = Instant::now() + limit;
+        let (text, changed) = &*self.0;
+        let mut text = text.lock().unwrap();
+        while !String::from_utf8_lossy(&text).contains(what) {
+            let left = deadline.saturating_duration_since(Instant::now());
+            assert!(!left.is_zero(), "no '{what}' within {limit:?}; so far:\n{}", String::from_utf8_lossy(&text));
+            text = changed.wait_timeout(text, left).unwrap().0;
+        }
+    }
+}
+
+/// A running program under test; killed when the test gives up on it.
+pub struct Running {
+    pub child: Child,
+    pub output: Transcript,
+    pub errors: Transcript,
+    pub input: Option<std::process::ChildStdin>,
+}
+
+/// A program that has ended.
+#[derive(Debug)]
+pub struct Ended {
+    pub status: ExitStatus,
+    pub output: String,
+    pub errors: String,
+}
+
+impl Running {
+    pub fn start(command: &mut Command) -> Self {
+        let command = command.stdin(Stdio::piped()).stdout(Stdio::piped()).stderr(Stdio::piped());
+        let mut child = command.spawn().expect("the program under test starts");
+        let output = Transcript::of(child.stdout.take().unwrap());
+        let errors = Transcript::of(child.stderr.take().unwrap());
+        let input = child.stdin.take();
+        Self { child, output, errors, input }
+    }
+
+    pub fn send(&mut self, text: &str) {
+        self.input.as_mut().expect("input is open").write_all(text.as_bytes()).unwrap();
+    }
+
+    pub fn signal(&self, signal: Signal) {
+        kill_process(Pid::from_child(&self.child), signal).unwrap();
+    }
+
+    pub fn wait(mut self, limit: Duration) -> Ended {
+        let deadline = Instant::now() + limit;
+        let status = loop {
+            if let Some(status) = self.child.try_wait().unwrap() {
+                break status;
+            }
+            assert!(
+                Instant::now() < deadline,
+                "not ended within {limit:?}; output:\n{}\nerrors:\n{}",
+                self.output.text(),
+                self.errors.text()
+            );
+            std::thread::sleep(Duration::from_millis(5));
+        };
+        // The readers end with the streams, just after the process.
+        std::thread::sleep(Duration::from_millis(50));
+        Ended { status, output: self.output.text(), errors: self.errors.text() }
+    }
+}
+
+impl Drop for Running {
+    fn drop(&mut self) {
+        let _ = self.child.kill();
+        let _ = self.child.wait();
+    }
+}
+
+impl Ended {
+    #[track_caller]
+    pub fn expect_code(self, code: i32) -> Self {
+        assert_eq!(self.status.code(), Some(code), "output:\n{}\nerrors:\n{}", self.output, self.errors);
+        self
+    }
+}
+
+/// A file with `content`, filled with zeroes up to a multiple of 512 bytes.
+pub fn disk_with(dir: &Path, name: &str, content: &[u8]) -> PathBuf {
+    let path = dir.join(name);
+    let mut file = File::create(&path).unwrap();
+    file.write_all(content).unwrap();
+    file.set_len((content.len() as u64).next_multiple_of(512)).unwrap();
+    path
+}
