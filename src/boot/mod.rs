@@ -1,1 +1,6 @@
-//! (see lib.rs)
+//! From a kernel file to the first instruction.
+
+mod error;
+mod payload;
+mod room;
+mod sparse;
