@@ -2,7 +2,7 @@
 
 use std::fmt;
 use std::io;
-use std::path::PathBuf;
+use std::path::{Path, PathBuf};
 
 use thiserror::Error;
 
@@ -46,8 +46,6 @@ pub enum Flaw {
     NothingToLoad,
     #[error("its boot protocol is {}.{:02}; 2.08 is the oldest supported", .0 >> 8, .0 & 0xff)]
     OldProtocol(u16),
-    #[error("its payload is of an unknown or broken format, and it has no 64-bit entry point of its own")]
-    No64BitEntry,
     #[error("it ends after {actual} bytes; its headers speak of {expected}")]
     Truncated { expected: u64, actual: u64 },
     #[error("its program headers make no sense")]
@@ -56,6 +54,47 @@ pub enum Flaw {
     EntryPoint(u64),
     #[error("its compressed payload cannot be unpacked")]
     Payload(#[source] UnpackError),
+}
+
+impl Flaw {
+    /// Whether the file was a kernel once, rather than never.
+    fn is_damage(&self) -> bool {
+        match self {
+            Self::UnknownFormat | Self::ForeignElf | Self::NothingToLoad | Self::OldProtocol(_) => false,
+            Self::Payload(cause) => !matches!(cause, UnpackError::UnknownFormat),
+            Self::Truncated { .. } | Self::ProgramHeaders | Self::EntryPoint(_) => true,
+        }
+    }
+}
+
+/// A failure to make sense of a kernel, before it is known whose file it was.
+#[derive(Debug)]
+pub(super) enum KernelError {
+    Read(io::Error),
+    Flaw(Flaw),
+}
+
+impl KernelError {
+    pub fn of(self, path: &Path) -> BootError {
+        let path = path.to_owned();
+        match self {
+            Self::Read(source) => BootError::ReadKernel { path, source },
+            Self::Flaw(source) if source.is_damage() => BootError::KernelDamaged { path, source },
+            Self::Flaw(source) => BootError::NotAKernel { path, source },
+        }
+    }
+}
+
+impl From<io::Error> for KernelError {
+    fn from(error: io::Error) -> Self {
+        Self::Read(error)
+    }
+}
+
+impl From<Flaw> for KernelError {
+    fn from(flaw: Flaw) -> Self {
+        Self::Flaw(flaw)
+    }
 }
 
 /// The least guest memory that something needs.

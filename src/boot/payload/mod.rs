@@ -14,6 +14,7 @@ use std::io::{self, Read};
 use lzma_rust2::LzmaReader;
 use thiserror::Error;
 
+use super::error::Flaw;
 use super::sparse::{CopyError, write_sparse};
 
 /// Most bytes a payload may unpack to. Distribution kernels take about 64 MiB.
@@ -29,6 +30,10 @@ pub enum UnpackError {
     Size { declared: u32 },
     #[error("it declares an unpacked size of {0} bytes; {MAX_UNPACKED} are allowed")]
     TooLarge(u32),
+    #[error("it is {0} bytes long, more than any kernel's")]
+    PayloadTooLarge(u64),
+    #[error("what it unpacks to is no kernel")]
+    Content(#[source] Box<Flaw>),
     #[error("no room to unpack it")]
     Output(#[source] io::Error),
 }
