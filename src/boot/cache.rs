@@ -1,0 +1,242 @@
+//! Unpacked kernels, kept from one start to the next.
+//!
+//! A directory of the user's own holds three kinds of names:
+//! - `<SHA-256 of the payload>-<size>`: an unpacked kernel. Complete once it has that name and that size.
+//! - `seen-<device>-<inode>-<size>-<mtime>-<ctime>`: a symbolic link from a bzImage that was seen before to its
+//!   unpacked kernel, so that an unchanged file is not read and hashed again.
+//! - `new-<process>-<number>`: an unpacked kernel that is being written.
+//!
+//! A cache only ever saves time: whatever goes wrong here is a line in the debug log, and the kernel is unpacked
+//! again. Any number of processes may use it at once, as names appear and vanish atomically.
+
+use std::fs::{DirBuilder, File, Metadata};
+use std::io;
+use std::os::fd::OwnedFd;
+use std::os::unix::fs::{DirBuilderExt, MetadataExt};
+use std::path::{Path, PathBuf};
+use std::sync::atomic::{AtomicU32, Ordering};
+use std::time::{Duration, SystemTime, UNIX_EPOCH};
+
+use rustix::fs::{AtFlags, Dir, FileType, Mode, OFlags, Stat, Timespec, Timestamps, UTIME_NOW, UTIME_OMIT};
+use sha2::{Digest, Sha256};
+
+use super::sparse::copy_sparse;
+
+/// Unpacked kernels kept; the least recently used go first.
+const MAX_ENTRIES: usize = 16;
+/// Links from bzImages kept; the oldest go first.
+const MAX_LINKS: usize = 64;
+/// A file being written for longer than this is left over from a process that died.
+const STALE: Duration = Duration::from_secs(3600);
+/// How long a file must have been left alone before its timestamps are trusted to show the next change: more than
+/// the tick of any file system's clock.
+const SETTLED: Duration = Duration::from_secs(2);
+/// Uses closer together than this are not told apart, which saves a write per start.
+const USE_TICK: Duration = Duration::from_secs(600);
+
+const LINK: &str = "seen-";
+const UNFINISHED: &str = "new-";
+
+/// Where unpacked kernels are kept, if anywhere. Nothing is touched before a kernel has to be unpacked.
+#[derive(Debug, Clone, Default)]
+pub struct KernelCache {
+    dir: Option<PathBuf>,
+}
+
+impl KernelCache {
+    /// Keeps nothing.
+    #[must_use]
+    pub fn off() -> Self {
+        Self::default()
+    }
+
+    /// The user's cache: `$XDG_CACHE_HOME/tranche/kernels`, or else `~/.cache/tranche/kernels`.
+    #[must_use]
+    pub fn of_user() -> Self {
+        let absolute = |name| std::env::var_os(name).map(PathBuf::from).filter(|path| path.is_absolute());
+        let base = absolute("XDG_CACHE_HOME").or_else(|| Some(absolute("HOME")?.join(".cache")));
+        Self { dir: base.map(|base| base.join("tranche/kernels")) }
+    }
+
+    /// A cache in this directory, which is created at need.
+    #[must_use]
+    pub fn in_dir(dir: impl Into<PathBuf>) -> Self {
+        Self { dir: Some(dir.into()) }
+    }
+
+    pub(super) fn open(&self) -> Option<Store> {
+        let dir = self.dir.as_deref()?;
+        Store::open(dir)
+            .inspect_err(|error| tracing::debug!(dir = %dir.display(), "unpacked kernels are not kept: {error}"))
+            .ok()
+    }
+}
+
+/// The name of an unpacked kernel in the cache.
+#[derive(Debug, Clone, PartialEq, Eq)]
+pub(super) struct Key(String);
+
+impl Key {
+    /// The name of what `payload` unpacks to, whose last four bytes tell the size.
+    pub fn of(payload: &[u8]) -> Self {
+        let size = payload.last_chunk().map_or(0, |size| u32::from_le_bytes(*size));
+        let hash: String = Sha256::digest(payload).iter().map(|byte| format!("{byte:02x}")).collect();
+        Self(format!("{hash}-{size}"))
+    }
+
+    /// Takes a name from the directory, where anything may be.
+    fn from_name(name: &str) -> Option<Self> {
+        let (hash, size) = name.split_once('-')?;
+        let is_key =
+            hash.len() == 64 && hash.bytes().all(|byte| byte.is_ascii_hexdigit()) && size.parse::<u32>().is_ok();
+        is_key.then(|| Self(name.to_owned()))
+    }
+
+    /// Size of the unpacked kernel in bytes.
+    fn size(&self) -> u64 {
+        self.0.rsplit_once('-').and_then(|(_, size)| size.parse().ok()).unwrap_or(0)
+    }
+}
+
+/// The open directory of a cache.
+pub(super) struct Store {
+    dir: OwnedFd,
+    owner: u32,
+}
+
+impl Store {
+    fn open(path: &Path) -> io::Result<Self> {
+        let flags = OFlags::RDONLY | OFlags::DIRECTORY | OFlags::NOFOLLOW | OFlags::CLOEXEC;
+        let open = || rustix::fs::open(path, flags, Mode::empty());
+        let dir = open().or_else(|_| {
+            DirBuilder::new().recursive(true).mode(0o700).create(path)?;
+            open().map_err(io::Error::from)
+        })?;
+        // A directory that others may write to could hold a kernel of theirs.
+        let (stat, owner) = (rustix::fs::fstat(&dir)?, rustix::process::geteuid().as_raw());
+        if stat.st_uid != owner || stat.st_mode & 0o022 != 0 {
+            return Err(io::Error::other("the directory is not this user's alone"));
+        }
+        Ok(Self { dir, owner })
+    }
+
+    /// The unpacked kernel of a bzImage that has not changed since it was remembered, and its size in bytes.
+    pub fn find_by_file(&self, metadata: &Metadata) -> Option<(File, u64)> {
+        let target = rustix::fs::readlinkat(&self.dir, link_name(metadata), Vec::new()).ok()?;
+        self.find(&Key::from_name(target.to_str().ok()?)?)
+    }
+
+    /// An unpacked kernel, and its size in bytes.
+    pub fn find(&self, key: &Key) -> Option<(File, u64)> {
+        let flags = OFlags::RDONLY | OFlags::NOFOLLOW | OFlags::CLOEXEC | OFlags::NONBLOCK;
+        let file = File::from(rustix::fs::openat(&self.dir, &key.0, flags, Mode::empty()).ok()?);
+        let (metadata, size) = (file.metadata().ok()?, key.size());
+        if !metadata.is_file() || metadata.uid() != self.owner || metadata.len() != size {
+            tracing::debug!(name = key.0, "an unpacked kernel in the cache is damaged or somebody else's");
+            return None;
+        }
+        if !metadata.modified().is_ok_and(|used| is_within(used, USE_TICK)) {
+            let now = Timespec { tv_sec: 0, tv_nsec: UTIME_NOW };
+            let keep = Timespec { tv_sec: 0, tv_nsec: UTIME_OMIT };
+            let _ = rustix::fs::futimens(&file, &Timestamps { last_access: keep, last_modification: now });
+        }
+        Some((file, size))
+    }
+
+    /// Keeps an unpacked kernel. Tells whether that worked.
+    pub fn insert(&self, key: &Key, unpacked: &File) -> bool {
+        static COUNTER: AtomicU32 = AtomicU32::new(0);
+        let number = COUNTER.fetch_add(1, Ordering::Relaxed);
+        let unfinished = format!("{UNFINISHED}{}-{number}", std::process::id());
+        match self.write(&unfinished, key, unpacked) {
+            Ok(()) => {
+                self.sweep();
+                true
+            }
+            Err(error) => {
+                tracing::debug!("an unpacked kernel is not kept: {error}");
+                self.remove(&unfinished);
+                false
+            }
+        }
+    }
+
+    fn write(&self, unfinished: &str, key: &Key, unpacked: &File) -> io::Result<()> {
+        // After a crash, a process of the same number may have left one.
+        self.remove(unfinished);
+        let flags = OFlags::WRONLY | OFlags::CREATE | OFlags::EXCL | OFlags::CLOEXEC;
+        let file = File::from(rustix::fs::openat(&self.dir, unfinished, flags, Mode::RUSR | Mode::WUSR)?);
+        copy_sparse(unpacked, &file, key.size())?;
+        // Without this, a power failure could leave the right name and size with zeroes inside.
+        file.sync_data()?;
+        Ok(rustix::fs::renameat(&self.dir, unfinished, &self.dir, &key.0)?)
+    }
+
+    /// Notes which unpacked kernel belongs to a bzImage, unless the file is so new that a later change might not show.
+    pub fn remember(&self, metadata: &Metadata, key: &Key) {
+        let changed = UNIX_EPOCH.checked_add(Duration::new(
+            u64::try_from(metadata.ctime()).unwrap_or(0),
+            u32::try_from(metadata.ctime_nsec()).unwrap_or(0),
+        ));
+        if !changed.is_some_and(|changed| is_before(changed, SETTLED)) {
+            return;
+        }
+        let link = link_name(metadata);
+        // The old one may point to an entry that is gone.
+        self.remove(&link);
+        if let Err(error) = rustix::fs::symlinkat(&key.0, &self.dir, link) {
+            tracing::debug!("a kernel is not remembered: {error}");
+        }
+        self.sweep();
+    }
+
+    /// Removes what is too much, and what is of no use.
+    fn sweep(&self) {
+        let (mut entries, mut links) = (Vec::new(), Vec::new());
+        for name in self.names() {
+            let Ok(stat) = rustix::fs::statat(&self.dir, &name, AtFlags::SYMLINK_NOFOLLOW) else { continue };
+            let kind = FileType::from_raw_mode(stat.st_mode);
+            if name.starts_with(UNFINISHED) && is_before(modified(&stat), STALE) {
+                self.remove(&name);
+            } else if name.starts_with(LINK) && kind == FileType::Symlink {
+                links.push((modified(&stat), name));
+            } else if Key::from_name(&name).is_some() {
+                entries.push((modified(&stat), name));
+            }
+        }
+        for (list, max) in [(&mut entries, MAX_ENTRIES), (&mut links, MAX_LINKS)] {
+            list.sort();
+            let excess = list.len().saturating_sub(max);
+            list[..excess].iter().for_each(|(_, name)| self.remove(name));
+        }
+    }
+
+    fn names(&self) -> Vec<String> {
+        let Ok(dir) = Dir::read_from(&self.dir) else { return Vec::new() };
+        dir.flatten().filter_map(|entry| entry.file_name().to_str().ok().map(str::to_owned)).collect()
+    }
+
+    fn remove(&self, name: &str) {
+        let _ = rustix::fs::unlinkat(&self.dir, name, AtFlags::empty());
+    }
+}
+
+/// The name under which an unchanged file is found again.
+fn link_name(file: &Metadata) -> String {
+    let time = |seconds: i64, nanoseconds: i64| format!("{seconds:x}.{nanoseconds:x}");
+    let (mtime, ctime) = (time(file.mtime(), file.mtime_nsec()), time(file.ctime(), file.ctime_nsec()));
+    format!("{LINK}{:x}-{:x}-{:x}-{mtime}-{ctime}", file.dev(), file.ino(), file.len())
+}
+
+fn modified(stat: &Stat) -> SystemTime {
+    UNIX_EPOCH + Duration::from_secs(u64::try_from(stat.st_mtime).unwrap_or(0))
+}
+
+/// Whether `time` lies further back than `age`; no time of the future does.
+fn is_before(time: SystemTime, age: Duration) -> bool {
+    time.elapsed().is_ok_and(|elapsed| elapsed > age)
+}
+
+fn is_within(time: SystemTime, age: Duration) -> bool {
+    time.elapsed().is_ok_and(|elapsed| elapsed <= age)
+}
