@@ -243,10 +243,9 @@ impl IoBuf {
         cvt(|| unsafe { libc::pwritev64v2(fd, self.vecs.as_ptr(), self.count(), to_off(offset), libc::RWF_NOWAIT) })
     }
 
-    /// `readv` of one packet into fewer than `IOV_MAX` vectors; what was read is marked dirty. A result larger
-    /// than [`Self::len`] means that the packet did not fit: its end is lost.
+    /// `readv` of one packet; what was read is marked dirty. A result larger than [`Self::len`] means that the
+    /// packet did not fit: its end is lost. (`IOV_MAX` vectors and more hide that.)
     pub fn read_packet(&mut self, fd: impl AsFd) -> io::Result<usize> {
-        debug_assert!(self.vecs.len() < libc::UIO_MAXIOV as usize);
         // A packet's excess vanishes without a word, unless there is room for its first byte.
         let mut excess = 0u8;
         self.vecs.push(libc::iovec { iov_base: (&raw mut excess).cast(), iov_len: 1 });
