@@ -1,5 +1,9 @@
 //! The host side of a device: disk files, taps. Every host resource enters through [`HostFiles`].
 
+pub mod disk;
 pub mod host;
+pub mod tap;
 
+pub use disk::{Disk, DiskError};
 pub use host::{HostFile, HostFiles, OpenDirectly};
+pub use tap::{Offloads, Tap, TapError};

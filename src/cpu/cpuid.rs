@@ -152,7 +152,7 @@ mod tests {
                 }
                 assert_eq!(find(&entries, 0x8000_0008, 0).ecx & 0xff, u32::from(count) - 1);
                 assert_eq!(1 << (find(&entries, 0x8000_0008, 0).ecx >> 12 & 0xf), addressable);
-                assert_eq!(find(&entries, 0x8000_001e, 0).eax, id.into());
+                assert_eq!(find(&entries, 0x8000_001e, 0).eax, u32::from(id));
             }
         }
     }

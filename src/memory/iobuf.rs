@@ -70,9 +70,8 @@ impl IoBuf {
             return Err(IoBufError::TooLong);
         }
         let (mut at, mut left) = (addr, u64::from(len));
-        let ram = self.ram.clone();
         while left > 0 {
-            let Some(region) = ram.find_region(GuestAddress(at)) else { return Err(outside) };
+            let Some(region) = self.ram.find_region(GuestAddress(at)) else { return Err(outside) };
             let offset = at - region.start_addr().0;
             let chunk = left.min(region.len() - offset);
             // SAFETY: `offset` lies inside the region's mapping, as `find_region` found it there.
@@ -151,20 +150,37 @@ impl IoBuf {
     }
 
     /// Copies bytes into the start of the buffers and marks them dirty; returns how many fitted.
-    pub fn copy_from(&self, mut bytes: &[u8]) -> usize {
-        let mut copied = 0;
-        for vec in &self.vecs {
-            let n = vec.iov_len.min(bytes.len());
-            // SAFETY: as in `copy_to`, the other way round.
-            unsafe { std::ptr::copy_nonoverlapping(bytes.as_ptr(), vec.iov_base.cast::<u8>(), n) };
-            bytes = &bytes[n..];
-            copied += n;
+    pub fn copy_from(&self, bytes: &[u8]) -> usize {
+        self.copy_from_at(0, bytes)
+    }
+
+    /// Copies bytes into the buffers, `skip` bytes after their start, and marks them dirty; returns how many
+    /// fitted.
+    pub fn copy_from_at(&self, mut skip: usize, mut bytes: &[u8]) -> usize {
+        let wanted = bytes.len();
+        for (vec, &addr) in self.vecs.iter().zip(&self.addrs) {
             if bytes.is_empty() {
                 break;
             }
+            if skip >= vec.iov_len {
+                skip -= vec.iov_len;
+                continue;
+            }
+            let n = (vec.iov_len - skip).min(bytes.len());
+            // SAFETY: as in `copy_to`, the other way round; `skip + n` is at most the vector's length.
+            unsafe { std::ptr::copy_nonoverlapping(bytes.as_ptr(), vec.iov_base.cast::<u8>().add(skip), n) };
+            mark(&self.ram, addr + skip as u64, n);
+            bytes = &bytes[n..];
+            skip = 0;
         }
-        self.mark_dirty(copied);
-        copied
+        wanted - bytes.len()
+    }
+
+    /// The guest address of the last byte, if there is one.
+    #[must_use]
+    pub fn last_byte(&self) -> Option<u64> {
+        let (vec, addr) = (self.vecs.last()?, self.addrs.last()?);
+        Some(addr + (vec.iov_len as u64 - 1))
     }
 
     /// Fills the first `n` bytes with zeroes and marks them dirty.
@@ -206,6 +222,40 @@ impl IoBuf {
         let fd = fd.as_fd().as_raw_fd();
         // SAFETY: as in `read_at`; the kernel only reads.
         cvt(|| unsafe { libc::pwritev64(fd, self.vecs.as_ptr(), self.count(), to_off(offset)) })
+    }
+
+    /// As [`Self::read_at`], but fails with `WouldBlock` (or, on file systems that cannot tell, `Unsupported`)
+    /// where that would have to wait for the disk.
+    pub fn try_read_at(&self, fd: impl AsFd, offset: u64) -> io::Result<usize> {
+        let fd = fd.as_fd().as_raw_fd();
+        // SAFETY: as in `read_at`.
+        let n = cvt(|| unsafe {
+            libc::preadv64v2(fd, self.vecs.as_ptr(), self.count(), to_off(offset), libc::RWF_NOWAIT)
+        })?;
+        self.mark_dirty(n);
+        Ok(n)
+    }
+
+    /// As [`Self::write_at`], under the conditions of [`Self::try_read_at`].
+    pub fn try_write_at(&self, fd: impl AsFd, offset: u64) -> io::Result<usize> {
+        let fd = fd.as_fd().as_raw_fd();
+        // SAFETY: as in `write_at`.
+        cvt(|| unsafe { libc::pwritev64v2(fd, self.vecs.as_ptr(), self.count(), to_off(offset), libc::RWF_NOWAIT) })
+    }
+
+    /// `readv` of one packet; what was read is marked dirty. A result larger than [`Self::len`] means that the
+    /// packet did not fit: its end is lost. (`IOV_MAX` vectors and more hide that.)
+    pub fn read_packet(&mut self, fd: impl AsFd) -> io::Result<usize> {
+        // A packet's excess vanishes without a word, unless there is room for its first byte.
+        let mut excess = 0u8;
+        self.vecs.push(libc::iovec { iov_base: (&raw mut excess).cast(), iov_len: 1 });
+        let fd = fd.as_fd().as_raw_fd();
+        // SAFETY: as in `read_at`; the last vector is `excess`, which outlives the call.
+        let result = cvt(|| unsafe { libc::readv(fd, self.vecs.as_ptr(), self.count()) });
+        self.vecs.pop();
+        let n = result?;
+        self.mark_dirty(n);
+        Ok(n)
     }
 
     /// `readv` of all buffers; what was read is marked dirty.
@@ -298,6 +348,32 @@ mod tests {
             })
             .collect();
         assert_eq!(dirty, [1, 3, 4]);
+    }
+
+    #[test]
+    fn a_packet_that_does_not_fit_is_noticed() {
+        use rustix::net::{AddressFamily, SocketFlags, SocketType, socketpair};
+        let (a, b) = socketpair(AddressFamily::UNIX, SocketType::DGRAM, SocketFlags::empty(), None).unwrap();
+        let mut buf = IoBuf::new(ram());
+        buf.push(0x3ffe, 4).unwrap();
+        for (sent, got) in [(3, 3), (4, 4), (5, 5), (9, 5)] {
+            rustix::io::write(&b, &[7; 16][..sent]).unwrap();
+            assert_eq!((buf.read_packet(&a).unwrap(), buf.len(), buf.segments()), (got, 4, 2));
+        }
+    }
+
+    #[test]
+    fn bytes_go_where_they_are_put() {
+        let ram = ram();
+        let mut buf = IoBuf::new(ram.clone());
+        assert_eq!(buf.last_byte(), None);
+        buf.push(0x1000, 3).unwrap();
+        buf.push(0x2000, 3).unwrap();
+        assert_eq!((buf.copy_from_at(2, b"ab"), buf.copy_from_at(5, b"cd"), buf.copy_from_at(9, b"ef")), (2, 1, 0));
+        let mut out = [0; 6];
+        buf.copy_to(&mut out);
+        assert_eq!(&out, b"\0\0ab\0c");
+        assert_eq!(buf.last_byte(), Some(0x2002));
     }
 
     proptest! {

@@ -2,15 +2,18 @@
 
 use std::num::Wrapping;
 use std::sync::Arc;
-use std::sync::atomic::Ordering;
+use std::sync::atomic::{Ordering, fence};
 
 use thiserror::Error;
 use virtio_queue::{Queue, QueueOwnedT, QueueT};
-use vm_memory::GuestAddress;
+use vm_memory::{Bytes, GuestAddress};
 
 use super::device::{DeviceEvents, QueueResources, QueueState};
 use super::feature;
 use crate::memory::{IoBuf, IoBufError, Ram};
+
+/// The driver's wish not to be interrupted, when `EVENT_IDX` was not negotiated.
+const AVAIL_F_NO_INTERRUPT: u16 = 1;
 
 /// A rule of the ring that the driver broke. The queue is unusable until it is reset.
 #[derive(Debug, Error)]
@@ -21,6 +24,8 @@ pub enum RingError {
     Layout,
     #[error("the ring's indices are out of step: {0}")]
     Index(virtio_queue::Error),
+    #[error("a used entry could not be written")]
+    Used,
     #[error("a descriptor chain has a loop, a bad index, a bad table or no buffer")]
     Chain,
     #[error("a descriptor chain has a readable buffer after a writable one")]
@@ -49,6 +54,10 @@ pub struct Virtqueue {
     ram: Ram,
     index: u16,
     events: Arc<dyn DeviceEvents>,
+    /// Used entries written but not yet published.
+    staged: u16,
+    /// `next_used` when an interrupt was last considered.
+    announced: u16,
 }
 
 impl Virtqueue {
@@ -73,7 +82,20 @@ impl Virtqueue {
         if !queue.is_valid(&*resources.ram) {
             return Err(RingError::Layout);
         }
-        Ok(Self { queue, ram: resources.ram.clone(), index, events: resources.events.clone() })
+        Ok(Self {
+            queue,
+            ram: resources.ram.clone(),
+            index,
+            events: resources.events.clone(),
+            staged: 0,
+            announced: state.next_used,
+        })
+    }
+
+    /// Which of the device's queues this is.
+    #[must_use]
+    pub fn index(&self) -> u16 {
+        self.index
     }
 
     #[must_use]
@@ -134,15 +156,63 @@ impl Virtqueue {
 
     /// Hands a chain back with `written` bytes in its writable buffers.
     pub fn push_used(&mut self, head: u16, written: u32) -> Result<(), RingError> {
-        self.queue.add_used(&*self.ram, head, written).map_err(RingError::Index)
+        self.stage_used(head, written)?;
+        self.publish_used()
     }
 
-    /// Interrupts the driver if it asked to hear of what was used since the last interrupt.
+    /// Writes a used entry that the driver does not see before [`Self::publish_used`]. At most one per chain
+    /// popped.
+    pub fn stage_used(&mut self, head: u16, written: u32) -> Result<(), RingError> {
+        let slot = (Wrapping(self.queue.next_used()) + Wrapping(self.staged)).0 % self.queue.size();
+        let addr = self.queue.used_ring() + 4 + 8 * u64::from(slot);
+        let entry = u64::from(head) | u64::from(written) << 32;
+        self.ram.write_obj(entry.to_le(), GuestAddress(addr)).map_err(|_| RingError::Used)?;
+        self.staged += 1;
+        Ok(())
+    }
+
+    /// Shows the driver all staged entries at once, as it expects of a packet in several chains.
+    pub fn publish_used(&mut self) -> Result<(), RingError> {
+        let next = (Wrapping(self.queue.next_used()) + Wrapping(std::mem::take(&mut self.staged))).0;
+        self.queue.set_next_used(next);
+        // `Release` makes the entries visible before the index.
+        self.ram
+            .store(next.to_le(), GuestAddress(self.queue.used_ring() + 2), Ordering::Release)
+            .map_err(|_| RingError::Used)
+    }
+
+    /// Were entries published since the last [`Self::interrupt`]?
+    #[must_use]
+    pub fn unannounced(&self) -> bool {
+        self.announced != self.queue.next_used()
+    }
+
+    /// Interrupts the driver if there are used entries it has not been told of and wants to hear about.
     pub fn interrupt(&mut self) {
-        // The rings were checked when the queue started: an error here means they are gone, and nobody listens.
-        if self.queue.needs_notification(&*self.ram).unwrap_or(false) {
+        let (used, before) = (Wrapping(self.queue.next_used()), Wrapping(self.announced));
+        if used == before {
+            return;
+        }
+        self.announced = used.0;
+        // The driver publishes its wish and then looks at the used index; we go the other way. The fence makes
+        // sure that one of us sees what the other wrote.
+        fence(Ordering::SeqCst);
+        let wanted = if self.queue.event_idx_enabled() {
+            // Did `used_event` lie among the entries that are new? (virtio 1.2, section 2.7.10)
+            self.avail_field(4 + 2 * u64::from(self.queue.size()))
+                .is_some_and(|event| used - Wrapping(event) - Wrapping(1) < used - before)
+        } else {
+            self.avail_field(0).is_some_and(|flags| flags & AVAIL_F_NO_INTERRUPT == 0)
+        };
+        if wanted {
             self.events.queue_interrupt(self.index);
         }
+    }
+
+    /// A 16-bit field of the available ring. The ring was checked when the queue started: `None` means that
+    /// its memory is gone, and nobody listens.
+    fn avail_field(&self, offset: u64) -> Option<u16> {
+        self.ram.load(GuestAddress(self.queue.avail_ring() + offset), Ordering::Relaxed).ok().map(u16::from_le)
     }
 
     /// Asks the driver not to kick while the device is at work anyway.

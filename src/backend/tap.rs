@@ -1,0 +1,241 @@
+//! A tap interface: Ethernet frames in and out of the host's network, each behind a virtio-net header.
+
+#![expect(unsafe_code, reason = "ioctls of tap devices and network interfaces, which rustix lacks")]
+
+use std::ffi::{c_int, c_short, c_uint};
+use std::fs::File;
+use std::io;
+use std::os::fd::{AsFd, AsRawFd, BorrowedFd};
+
+use rustix::fs::OFlags;
+use rustix::net::{AddressFamily, SocketFlags, SocketType};
+use thiserror::Error;
+
+use super::host::{HostFile, HostFiles};
+
+/// The header before each frame, in both directions: `virtio_net_hdr_v1` (virtio 1.2, section 5.1.6).
+pub const HEADER_BYTES: usize = 12;
+
+#[derive(Debug, Error)]
+pub enum TapError {
+    #[error("cannot open /dev/net/tun")]
+    Open(#[source] io::Error),
+    #[error("{0:?} is no interface name: it has to have 1 to 15 bytes, without spaces or slashes")]
+    Name(String),
+    #[error("there is no tap interface {0}")]
+    NoSuchTap(String),
+    #[error("interface {0} is not a tap")]
+    NotATap(String),
+    #[error("tap {0} is in use by another process")]
+    Busy(String),
+    #[error("no permission to use tap {0}")]
+    Permission(String),
+    #[error("the host's tun driver lacks {0}")]
+    Unsupported(&'static str),
+    #[error("tap {name}: {what} failed")]
+    Ioctl { name: String, what: &'static str, source: io::Error },
+}
+
+impl TapError {
+    /// What the user may do about it.
+    #[must_use]
+    pub fn hint(&self) -> Option<String> {
+        match self {
+            Self::Open(error) if error.kind() == io::ErrorKind::NotFound => {
+                Some("load the driver: modprobe tun".into())
+            }
+            Self::NoSuchTap(name) => Some(format!("create it: ip tuntap add dev {name} mode tap user $USER")),
+            Self::Permission(name) => {
+                Some(format!("its owner is set when it is created: ip tuntap add dev {name} mode tap user $USER"))
+            }
+            Self::NotATap(name) => Some(format!("ip -d link show {name} tells what it is")),
+            _ => None,
+        }
+    }
+}
+
+/// What the host may leave undone in the frames it hands over, because the guest will do it.
+#[derive(Debug, Clone, Copy, PartialEq, Eq, Default)]
+pub struct Offloads {
+    /// Checksums; the other three are nothing without it.
+    pub checksum: bool,
+    /// Segmentation of TCP over IPv4 and IPv6.
+    pub tso4: bool,
+    pub tso6: bool,
+    /// Segmentation where TCP signals congestion; nothing without one of the two before.
+    pub ecn: bool,
+}
+
+impl Offloads {
+    pub const ALL: Self = Self { checksum: true, tso4: true, tso6: true, ecn: true };
+
+    fn flags(self) -> c_uint {
+        let mut flags = 0;
+        if self.checksum {
+            flags |= libc::TUN_F_CSUM;
+            flags |= if self.tso4 { libc::TUN_F_TSO4 } else { 0 };
+            flags |= if self.tso6 { libc::TUN_F_TSO6 } else { 0 };
+            flags |= if self.ecn && (self.tso4 || self.tso6) { libc::TUN_F_TSO_ECN } else { 0 };
+        }
+        flags
+    }
+}
+
+/// A queue of an existing tap interface; reads and writes of its descriptor move one frame each and never wait.
+#[derive(Debug)]
+pub struct Tap {
+    file: File,
+    name: String,
+    mtu: u16,
+    can_offload: bool,
+}
+
+impl Tap {
+    /// Attaches to the tap called `name`. It has to exist: one made on the spot would be connected to nothing
+    /// and vanish with us.
+    pub fn attach(files: &dyn HostFiles, name: &str) -> Result<Self, TapError> {
+        // What the kernel would take; `%` is a pattern there.
+        let valid = |byte: u8| byte.is_ascii_graphic() && !matches!(byte, b'/' | b'%' | b':');
+        if name.is_empty() || name.len() >= libc::IFNAMSIZ || !name.bytes().all(valid) {
+            return Err(TapError::Name(name.into()));
+        }
+        let failed = |what| move |source| TapError::Ioctl { name: name.into(), what, source };
+
+        // Any socket speaks for the network namespace.
+        let socket = rustix::net::socket_with(AddressFamily::UNIX, SocketType::DGRAM, SocketFlags::CLOEXEC, None)
+            .map_err(|errno| failed("opening a socket")(errno.into()))?;
+        match rustix::net::netdevice::name_to_index(&socket, name) {
+            Ok(_) => {}
+            Err(rustix::io::Errno::NODEV) => return Err(TapError::NoSuchTap(name.into())),
+            Err(errno) => return Err(failed("looking it up")(errno.into())),
+        }
+
+        let file = files.open(&HostFile::Tun).map_err(TapError::Open)?;
+        let fd = file.as_fd();
+        let mut driver: c_uint = 0;
+        ioctl(fd, libc::TUNGETFEATURES, &mut driver).map_err(failed("reading the driver's features"))?;
+        if driver & libc::IFF_VNET_HDR as c_uint == 0 {
+            return Err(TapError::Unsupported("virtio-net headers (IFF_VNET_HDR)"));
+        }
+        set_interface(fd, name).map_err(|source| match source.raw_os_error() {
+            Some(libc::EINVAL) => TapError::NotATap(name.into()),
+            Some(libc::EBUSY) => TapError::Busy(name.into()),
+            Some(libc::EPERM | libc::EACCES) => TapError::Permission(name.into()),
+            _ => failed("attaching")(source),
+        })?;
+        ioctl(fd, libc::TUNSETVNETHDRSZ, &mut (HEADER_BYTES as c_int)).map_err(failed("setting the header's size"))?;
+        ioctl(fd, libc::TUNSETVNETLE, &mut 1).map_err(failed("setting the header's byte order"))?;
+        rustix::fs::fcntl_setfl(fd, OFlags::RDWR | OFlags::NONBLOCK)
+            .map_err(|errno| failed("making it non-blocking")(errno.into()))?;
+        let mtu = mtu(socket.as_fd(), name).map_err(failed("reading the MTU"))?;
+        let mut tap = Self { file, name: name.into(), mtu, can_offload: true };
+        // Nothing is read before the guest has said what it takes, so what this leaves switched on does no harm.
+        tap.can_offload = tap.set_offloads(Offloads::ALL).is_ok();
+        Ok(tap)
+    }
+
+    /// A stand-in that keeps packets apart as a tap does, such as one end of a datagram socket pair.
+    #[cfg(test)]
+    pub fn from_packets(fd: std::os::fd::OwnedFd, mtu: u16) -> Self {
+        Self { file: fd.into(), name: "packets".into(), mtu, can_offload: false }
+    }
+
+    #[must_use]
+    pub fn name(&self) -> &str {
+        &self.name
+    }
+
+    /// The largest packet in bytes behind the Ethernet header, as it was when the tap was attached.
+    #[must_use]
+    pub fn mtu(&self) -> u16 {
+        self.mtu
+    }
+
+    /// Can [`Self::set_offloads`] do anything?
+    #[must_use]
+    pub fn can_offload(&self) -> bool {
+        self.can_offload
+    }
+
+    /// Chooses what the host leaves to the reader of the frames.
+    pub fn set_offloads(&self, offloads: Offloads) -> io::Result<()> {
+        let flags = offloads.flags();
+        if !self.can_offload {
+            return if flags == 0 { Ok(()) } else { Err(io::ErrorKind::Unsupported.into()) };
+        }
+        // SAFETY: TUNSETOFFLOAD takes its flags by value.
+        check(unsafe { libc::ioctl(self.file.as_raw_fd(), libc::TUNSETOFFLOAD as _, libc::c_ulong::from(flags)) })
+    }
+}
+
+impl AsFd for Tap {
+    fn as_fd(&self) -> BorrowedFd<'_> {
+        self.file.as_fd()
+    }
+}
+
+/// Binds a tun descriptor to an interface, whether that was made for one queue or for several.
+fn set_interface(fd: BorrowedFd<'_>, name: &str) -> io::Result<()> {
+    let one = libc::IFF_TAP | libc::IFF_NO_PI | libc::IFF_VNET_HDR;
+    let attach = |flags: c_int| {
+        let mut request = interface_request(name);
+        request.ifr_ifru.ifru_flags = flags as c_short;
+        ioctl(fd, libc::TUNSETIFF, &mut request)
+    };
+    match attach(one) {
+        Err(error) if error.raw_os_error() == Some(libc::EINVAL) => attach(one | libc::IFF_MULTI_QUEUE),
+        done => done,
+    }
+}
+
+fn mtu(socket: BorrowedFd<'_>, name: &str) -> io::Result<u16> {
+    const SIOCGIFMTU: libc::Ioctl = 0x8921;
+    let mut request = interface_request(name);
+    ioctl(socket, SIOCGIFMTU, &mut request)?;
+    // SAFETY: SIOCGIFMTU has filled this member of the union, and any bits make an integer.
+    let mtu = unsafe { request.ifr_ifru.ifru_mtu };
+    Ok(u16::try_from(mtu).unwrap_or(u16::MAX))
+}
+
+/// A request about the interface `name`, which is shorter than `IFNAMSIZ`.
+fn interface_request(name: &str) -> libc::ifreq {
+    // SAFETY: all zeroes is a valid `ifreq`: integers, and a union that holds some.
+    let mut request: libc::ifreq = unsafe { std::mem::zeroed() };
+    for (to, from) in request.ifr_name.iter_mut().zip(name.bytes().take(libc::IFNAMSIZ - 1)) {
+        *to = from as libc::c_char;
+    }
+    request
+}
+
+/// An ioctl of those here that read or write one `T`.
+fn ioctl<T>(fd: BorrowedFd<'_>, request: libc::Ioctl, argument: &mut T) -> io::Result<()> {
+    // SAFETY: the callers, all in this file, pair each request with the type it reads or writes.
+    check(unsafe { libc::ioctl(fd.as_raw_fd(), request, std::ptr::from_mut(argument)) })
+}
+
+fn check(result: c_int) -> io::Result<()> {
+    if result < 0 { Err(io::Error::last_os_error()) } else { Ok(()) }
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+    use crate::backend::OpenDirectly;
+
+    #[test]
+    fn names_that_are_none_and_taps_that_are_not_there() {
+        for name in ["", "sixteen-bytes-xx", "tap%d", "a/b", "a b"] {
+            assert!(matches!(Tap::attach(&OpenDirectly, name), Err(TapError::Name(_))), "{name:?}");
+        }
+        let error = Tap::attach(&OpenDirectly, "no-such-tap0").unwrap_err();
+        assert!(matches!(&error, TapError::NoSuchTap(name) if name == "no-such-tap0"), "{error:?}");
+        assert!(error.hint().unwrap().contains("ip tuntap add dev no-such-tap0 mode tap"));
+    }
+
+    #[test]
+    fn offloads_that_make_no_sense_are_left_out() {
+        assert_eq!(Offloads { tso4: true, tso6: true, ..Offloads::default() }.flags(), 0);
+        assert_eq!(Offloads { checksum: true, ecn: true, ..Offloads::default() }.flags(), libc::TUN_F_CSUM);
+        assert_eq!(Offloads::ALL.flags(), 0xf);
+    }
+}

@@ -1,0 +1,326 @@
+//! The thread that serves a device's queues.
+//!
+//! ```text
+//!   transport ── start_queue, stop_queue ──▶ commands ─┐
+//!   guest ────── kick (eventfd) ───────────────────────┼─▶ epoll ─▶ Engine::serve, one turn per queue
+//!   host ─────── the engine's source (a tap) ──────────┘
+//! ```
+//!
+//! The thread is made with its device, before rights are taken away, and sleeps in `epoll_wait` unless there is
+//! work. It serves a queue for a bounded turn, so that no guest keeps it from its other queues, and ends the
+//! turn after the request in hand when a command is waiting.
+//!
+//! Everything is watched edge-triggered: an eventfd needs no read to be quiet again, and a descriptor in error
+//! does not wake the thread for ever.
+
+use std::io;
+use std::os::fd::{AsRawFd, RawFd};
+use std::sync::Arc;
+use std::sync::atomic::{AtomicBool, Ordering};
+use std::sync::mpsc::{self, Receiver, Sender, SyncSender};
+use std::thread::JoinHandle;
+
+use vmm_sys_util::epoll::{ControlOperation, Epoll, EpollEvent, EventSet};
+use vmm_sys_util::eventfd::{EFD_CLOEXEC, EFD_NONBLOCK, EventFd};
+
+use crate::memory::Ram;
+use crate::virtio::{Chain, QueueResources, QueueState, RingError, Virtqueue};
+
+/// Bytes of stack, ample for what an engine does; only what is touched costs memory.
+const STACK: usize = 128 << 10;
+
+/// Requests in one turn of a queue.
+const TURN: u32 = 64;
+
+/// What a device does with its queues. All calls come from the device's thread.
+pub trait Engine: Send {
+    /// A queue is about to be served, under the features the driver accepted.
+    ///
+    /// # Errors
+    /// They become the errors of `start_queue`.
+    fn start(&mut self, _index: u16, _features: u64, _ram: &Ram) -> io::Result<()> {
+        Ok(())
+    }
+
+    /// Serves requests until there is nothing to do or the turn is over. `chain` is scratch space that keeps its
+    /// allocations. Used entries may be left unannounced, unless the engine is about to wait for something.
+    fn serve(&mut self, queue: &mut Virtqueue, chain: &mut Chain, turn: &mut Turn<'_>) -> Result<Served, RingError>;
+
+    /// A queue is about to be stopped: chains popped but not used go back to it.
+    fn stop(&mut self, _queue: &mut Virtqueue) {}
+
+    /// A descriptor that brings work for a queue, besides the driver's kicks.
+    fn source(&self) -> Option<Source> {
+        None
+    }
+}
+
+/// Where a queue's work comes from when it comes from the host.
+#[derive(Clone, Copy)]
+pub struct Source {
+    pub queue: u16,
+    /// Open as long as the engine lives.
+    pub fd: RawFd,
+}
+
+/// How a turn of a queue ended.
+#[derive(Debug, Clone, Copy, PartialEq, Eq)]
+pub enum Served {
+    /// Because it was over; there may be more to do.
+    TurnOver,
+    /// For want of buffers: the driver's kick goes on with it.
+    NoBuffers,
+    /// For want of work from the engine's source, which goes on with it. The driver need not kick.
+    NoWork,
+}
+
+/// A bounded number of requests.
+pub struct Turn<'a> {
+    left: u32,
+    /// Is a command waiting?
+    called: &'a AtomicBool,
+}
+
+impl Turn<'_> {
+    /// May one more request be served?
+    pub fn another(&mut self) -> bool {
+        if self.left == 0 || self.called.load(Ordering::Relaxed) {
+            return false;
+        }
+        self.left -= 1;
+        true
+    }
+}
+
+/// Serves a queue's chains one by one: `request` returns how many bytes it wrote.
+pub fn serve_each(
+    queue: &mut Virtqueue,
+    chain: &mut Chain,
+    turn: &mut Turn<'_>,
+    mut request: impl FnMut(&mut Chain, &mut Virtqueue) -> u32,
+) -> Result<Served, RingError> {
+    while turn.another() {
+        if !queue.pop(chain)? {
+            return Ok(Served::NoBuffers);
+        }
+        let written = request(chain, queue);
+        queue.push_used(chain.head, written)?;
+    }
+    Ok(Served::TurnOver)
+}
+
+enum Command {
+    Start { index: u16, running: Box<Running>, reply: SyncSender<io::Result<()>> },
+    Stop { index: u16, reply: SyncSender<Option<QueueState>> },
+    Quit,
+}
+
+/// The device's end of its thread. Dropping it ends the thread, after the request in hand.
+pub struct Worker {
+    sizes: &'static [u16],
+    commands: Sender<Command>,
+    called: Arc<AtomicBool>,
+    bell: EventFd,
+    thread: Option<JoinHandle<()>>,
+}
+
+impl Worker {
+    /// Starts the thread, called `name`, for queues of at most `sizes` entries.
+    pub fn spawn(name: &str, engine: Box<dyn Engine>, sizes: &'static [u16]) -> io::Result<Self> {
+        let bell = EventFd::new(EFD_NONBLOCK | EFD_CLOEXEC)?;
+        let epoll = Epoll::new()?;
+        watch(&epoll, ControlOperation::Add, bell.as_raw_fd(), BELL, EventSet::IN)?;
+        let source = engine.source();
+        if let Some(Source { queue, fd }) = source {
+            watch(&epoll, ControlOperation::Add, fd, queue.into(), EventSet::empty())?;
+        }
+        let called = Arc::new(AtomicBool::new(false));
+        let (commands, inbox) = mpsc::channel();
+        let queues = sizes.iter().map(|_| None).collect();
+        let service =
+            Service { engine, epoll, queues, ready: 0, source, listening: false, called: called.clone(), inbox };
+        let thread = std::thread::Builder::new().name(name.into()).stack_size(STACK).spawn(move || service.run())?;
+        Ok(Self { sizes, commands, called, bell, thread: Some(thread) })
+    }
+
+    /// See [`VirtioDevice::start_queue`](crate::virtio::VirtioDevice::start_queue).
+    pub fn start(&self, index: u16, resources: QueueResources, state: Option<QueueState>) -> io::Result<()> {
+        let max_size = *self.sizes.get(usize::from(index)).ok_or(io::ErrorKind::InvalidInput)?;
+        let queue = Virtqueue::new(index, max_size, &resources, state)
+            .map_err(|error| io::Error::new(io::ErrorKind::InvalidInput, error))?;
+        let running = Box::new(Running {
+            chain: Chain::new(queue.ram()),
+            queue,
+            kick: resources.kick,
+            features: resources.features,
+            broken: false,
+        });
+        self.call(|reply| Command::Start { index, running, reply })?
+    }
+
+    /// See [`VirtioDevice::stop_queue`](crate::virtio::VirtioDevice::stop_queue).
+    pub fn stop(&self, index: u16) -> Option<QueueState> {
+        self.call(|reply| Command::Stop { index, reply }).ok().flatten()
+    }
+
+    /// Sends a command and waits for the reply.
+    fn call<T>(&self, command: impl FnOnce(SyncSender<T>) -> Command) -> io::Result<T> {
+        let (reply, answer) = mpsc::sync_channel(1);
+        self.send(command(reply))?;
+        answer.recv().map_err(|_| io::ErrorKind::BrokenPipe.into())
+    }
+
+    fn send(&self, command: Command) -> io::Result<()> {
+        self.commands.send(command).map_err(|_| io::ErrorKind::BrokenPipe)?;
+        self.called.store(true, Ordering::Release);
+        self.bell.write(1)
+    }
+}
+
+impl Drop for Worker {
+    fn drop(&mut self) {
+        // If the thread cannot be told, it has ended already.
+        let _ = self.send(Command::Quit);
+        if let Some(thread) = self.thread.take() {
+            let _ = thread.join();
+        }
+    }
+}
+
+/// A queue in service.
+struct Running {
+    queue: Virtqueue,
+    chain: Chain,
+    kick: EventFd,
+    features: u64,
+    /// The driver broke the ring: nothing is done with it until it is stopped.
+    broken: bool,
+}
+
+/// `epoll` data of the bell; all else is the index of the queue that has work.
+const BELL: u64 = u64::MAX;
+
+/// What the thread owns.
+struct Service {
+    engine: Box<dyn Engine>,
+    epoll: Epoll,
+    queues: Vec<Option<Box<Running>>>,
+    /// One bit per queue that has to be served.
+    ready: u64,
+    /// The engine's source, and whether it is listened to.
+    source: Option<Source>,
+    listening: bool,
+    called: Arc<AtomicBool>,
+    inbox: Receiver<Command>,
+}
+
+impl Service {
+    fn run(mut self) {
+        let mut events = [EpollEvent::default(); 8];
+        loop {
+            let timeout = if self.ready == 0 { -1 } else { 0 };
+            match self.epoll.wait(timeout, &mut events) {
+                Ok(count) => {
+                    for event in events[..count].iter().filter(|event| event.data() != BELL) {
+                        self.ready |= 1 << event.data();
+                    }
+                }
+                Err(error) if error.kind() == io::ErrorKind::Interrupted => continue,
+                Err(error) => unreachable!("epoll_wait of our own descriptor: {error}"),
+            }
+            if self.called.swap(false, Ordering::Acquire) {
+                while let Ok(command) = self.inbox.try_recv() {
+                    match command {
+                        // Nobody waits for the reply only if the device is gone, and then we are asked to quit.
+                        Command::Start { index, running, reply } => drop(reply.send(self.start(index, running))),
+                        Command::Stop { index, reply } => drop(reply.send(self.stop(index))),
+                        Command::Quit => return,
+                    }
+                }
+            }
+            for index in 0..self.queues.len() {
+                if self.ready & (1 << index) != 0 {
+                    self.ready &= !(1 << index);
+                    self.serve(index);
+                }
+            }
+        }
+    }
+
+    fn start(&mut self, index: u16, running: Box<Running>) -> io::Result<()> {
+        let slot = &mut self.queues[usize::from(index)];
+        if slot.is_some() {
+            return Err(io::ErrorKind::AlreadyExists.into());
+        }
+        self.engine.start(index, running.features, running.queue.ram())?;
+        watch(&self.epoll, ControlOperation::Add, running.kick.as_raw_fd(), index.into(), EventSet::IN)?;
+        *slot = Some(running);
+        // There may be buffers from before we watched.
+        self.ready |= 1 << index;
+        Ok(())
+    }
+
+    fn stop(&mut self, index: u16) -> Option<QueueState> {
+        let mut running = self.queues.get_mut(usize::from(index))?.take()?;
+        self.ready &= !(1 << index);
+        self.listen(index, false);
+        self.engine.stop(&mut running.queue);
+        if !running.broken {
+            running.queue.interrupt();
+            self.ignore(&running.kick);
+        }
+        Some(running.queue.state())
+    }
+
+    fn serve(&mut self, index: usize) {
+        let Some(running) = self.queues[index].as_mut().filter(|running| !running.broken) else { return };
+        let queue = &mut running.queue;
+        queue.disable_kicks();
+        let mut turn = Turn { left: TURN, called: &self.called };
+        let result = self.engine.serve(queue, &mut running.chain, &mut turn);
+        queue.interrupt();
+        match result {
+            Ok(Served::TurnOver) => self.ready |= 1 << index,
+            Ok(Served::NoWork) => self.listen(index as u16, true),
+            Ok(Served::NoBuffers) => {
+                if queue.enable_kicks() {
+                    self.ready |= 1 << index;
+                }
+                self.listen(index as u16, false);
+            }
+            Err(error) => {
+                running.broken = true;
+                queue.broken(&error);
+                self.listen(index as u16, false);
+                if let Some(running) = &self.queues[index] {
+                    self.ignore(&running.kick);
+                }
+            }
+        }
+    }
+
+    /// Listens to the engine's source, or no longer, if it works for this queue.
+    fn listen(&mut self, index: u16, listen: bool) {
+        let Some(source) = self.source.filter(|source| source.queue == index && self.listening != listen) else {
+            return;
+        };
+        // A change of events looks at the descriptor anew: what came meanwhile is not lost.
+        let events = if listen { EventSet::IN } else { EventSet::empty() };
+        if let Err(error) = watch(&self.epoll, ControlOperation::Modify, source.fd, index.into(), events) {
+            tracing::error!("a device's host side cannot be watched: {error}");
+        }
+        self.listening = listen;
+    }
+
+    /// The transport holds the same eventfd, so that closing our descriptor would not end the watch.
+    fn ignore(&self, kick: &EventFd) {
+        let removed = self.epoll.ctl(ControlOperation::Delete, kick.as_raw_fd(), EpollEvent::default());
+        if let Err(error) = removed {
+            tracing::error!("a queue's kick cannot be ignored: {error}");
+        }
+    }
+}
+
+fn watch(epoll: &Epoll, operation: ControlOperation, fd: RawFd, data: u64, events: EventSet) -> io::Result<()> {
+    epoll.ctl(operation, fd, EpollEvent::new(events | EventSet::EDGE_TRIGGERED, data))
+}
