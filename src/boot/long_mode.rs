@@ -4,7 +4,7 @@
 use vm_memory::{Bytes, GuestAddress, GuestMemoryError};
 use zerocopy::IntoBytes;
 
-use crate::cpu::EntryPoint;
+use crate::cpu::gdt;
 use crate::memory::RamRegions;
 use crate::platform::layout;
 
@@ -28,7 +28,7 @@ pub fn write_tables(ram: &RamRegions) -> Result<(), GuestMemoryError> {
         *entry = (i as u64 * LARGE_PAGE) | PRESENT_WRITABLE | LARGE;
     }
     ram.write_slice(tables.as_bytes(), GuestAddress(layout::PAGE_TABLES))?;
-    ram.write_slice(EntryPoint::GDT.as_bytes(), GuestAddress(layout::GDT))
+    ram.write_slice(gdt::TABLE.as_bytes(), GuestAddress(layout::GDT))
 }
 
 #[cfg(test)]
@@ -48,6 +48,6 @@ mod tests {
             assert_eq!(page & 0x83, 0x83);
             assert_eq!((page & !0x1f_ffff) + (addr & 0x1f_ffff), addr);
         }
-        assert_eq!(entry(layout::GDT, 2), EntryPoint::GDT[2]);
+        assert_eq!(entry(layout::GDT, 2), gdt::TABLE[2]);
     }
 }

@@ -104,7 +104,8 @@ pub fn load(ram: &RamRegions, source: &BootSource, cache: &KernelCache) -> Resul
         Entry::Linux64(rip) => {
             params.write_zero_page(ram)?;
             long_mode::write_tables(ram)?;
-            Ok(EntryPoint::Linux64 { rip, zero_page: layout::ZERO_PAGE })
+            let (page_tables, gdt) = (layout::PAGE_TABLES, layout::GDT);
+            Ok(EntryPoint::Linux64 { rip, zero_page: layout::ZERO_PAGE, page_tables, gdt })
         }
     }
 }

@@ -87,7 +87,7 @@ fn judge(error: &MachineError) -> (Exit, Option<String>) {
             (exit, error.hint())
         }
         MachineError::Tap(error) => {
-            let exit = if matches!(error, TapError::NoSuchTap { .. }) { Exit::NoSuchTap } else { Exit::TapUnusable };
+            let exit = if matches!(error, TapError::NoSuchTap(_)) { Exit::NoSuchTap } else { Exit::TapUnusable };
             (exit, error.hint())
         }
         MachineError::Serial { .. } => {
@@ -123,7 +123,7 @@ fn judge_boot(error: &BootError) -> (Exit, Option<String>) {
 pub fn report(error: &MachineError) -> Exit {
     let (exit, hint) = judge(error);
     let mut text = format!("tranche: error: {error}\n");
-    let causes: Vec<String> = std::iter::successors(error.source(), |e| e.source()).map(ToString::to_string).collect();
+    let causes: Vec<String> = std::iter::successors(error.source(), |&e| e.source()).map(ToString::to_string).collect();
     if !causes.is_empty() {
         let _ = writeln!(text, "  cause: {}", causes.join(": "));
     }

@@ -110,12 +110,3 @@ mod tests {
         assert_ne!(sregs.efer & EFER_LMA, 0);
     }
 }
-
-impl EntryPoint {
-    /// The GDT of the 64-bit entry: null, null, 64-bit code, data. Linux asks for the selectors below.
-    pub const GDT: [u64; 4] = [0, 0, 0x00af_9b00_0000_ffff, 0x00cf_9300_0000_ffff];
-    /// Selector of the code segment (`__BOOT_CS`).
-    pub const CODE_SELECTOR: u16 = 0x10;
-    /// Selector of the data segment (`__BOOT_DS`).
-    pub const DATA_SELECTOR: u16 = 0x18;
-}

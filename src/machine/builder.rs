@@ -4,6 +4,7 @@
 //! the interrupt controllers, the kernel, the devices, and the vCPUs at the end.
 
 use std::fs::File;
+use std::path::PathBuf;
 use std::sync::{Arc, Mutex};
 
 use kvm_bindings::{KVM_API_VERSION, KVM_PIT_SPEAKER_DUMMY, kvm_pit_config, kvm_userspace_memory_region};
@@ -18,10 +19,10 @@ use super::lifecycle::State;
 use crate::backend::disk::Disk;
 use crate::backend::tap::Tap;
 use crate::backend::{HostFile, HostFiles};
-use crate::boot::{self, BootFile, BootSource};
+use crate::boot::{self, BootError, BootFile, BootSource, KernelCache};
 use crate::config::{DiskConfig, NetConfig, SerialConfig, VmConfig};
 use crate::cpu::{self, EntryPoint, HostCpuid, Vcpu};
-use crate::devices::{Block, Net, Rng};
+use crate::devices::{Block, Net, NetOptions, Rng};
 use crate::memory::{self, Ram};
 use crate::observe::{Milestone, Timeline};
 use crate::platform::acpi::{self, AcpiConfig};
@@ -173,13 +174,19 @@ fn create_interrupt_controllers(vm: &VmFd) -> Result<(), KvmError> {
 }
 
 fn load_kernel(config: &VmConfig, host: &dyn HostFiles, ram: &Ram) -> Result<EntryPoint, MachineError> {
-    let kernel = BootFile::open(host, &config.kernel).map_err(boot::BootError::kernel(&config.kernel))?;
-    let initrd = match &config.initrd {
-        Some(path) => Some(BootFile::open(host, path).map_err(boot::BootError::initrd(path))?),
-        None => None,
+    let open = |path: &PathBuf| {
+        let file = host.open(&HostFile::BootFile(path.clone()));
+        file.map(|file| BootFile { file, path: path.clone() })
     };
-    let source = BootSource { kernel, initrd, cmdline: config.kernel_cmdline(), rsdp: layout::ACPI };
-    Ok(boot::load(ram, &source)?)
+    let kernel =
+        open(&config.kernel).map_err(|source| BootError::ReadKernel { path: config.kernel.clone(), source })?;
+    let initrd = config
+        .initrd
+        .as_ref()
+        .map(|path| open(path).map_err(|source| BootError::ReadInitrd { path: path.clone(), source }));
+    let source =
+        BootSource { kernel, initrd: initrd.transpose()?, cmdline: config.kernel_cmdline(), rsdp: layout::ACPI };
+    Ok(boot::load(ram, &source, &KernelCache::of_user())?)
 }
 
 type Platform = (Arc<Mutex<EventDevice>>, Arc<SerialPort>);
@@ -218,7 +225,7 @@ fn attach_pci(
     for (index, nic) in config.nics.iter().enumerate() {
         devices.push(Box::new(open_net(index, nic, host)?));
     }
-    devices.push(Box::new(Rng::new("rng0").map_err(MachineError::host("make the entropy device"))?));
+    devices.push(Box::new(Rng::new("rng0".into()).map_err(MachineError::host("make the entropy device"))?));
 
     let mut root = PciRoot::new(board.mmio.clone());
     for (slot, device) in (1..).zip(devices) {
@@ -239,8 +246,9 @@ fn open_block(index: usize, config: &DiskConfig, host: &dyn HostFiles) -> Result
 }
 
 fn open_net(index: usize, config: &NetConfig, host: &dyn HostFiles) -> Result<Net, MachineError> {
-    let tap = Tap::open(host, &config.tap)?;
-    Net::new(format!("net{index}"), tap, config.mac, config.mtu).map_err(MachineError::host("make a network card"))
+    let tap = Tap::attach(host, &config.tap)?;
+    let options = NetOptions { mac: config.mac, mtu: config.mtu };
+    Net::new(format!("net{index}"), tap, options).map_err(MachineError::host("make a network card"))
 }
 
 fn create_vcpus(vm: &VmFd, cpuid: &HostCpuid, count: u8, entry: &EntryPoint) -> Result<Vec<Vcpu>, MachineError> {
