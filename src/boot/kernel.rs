@@ -75,7 +75,9 @@ impl<'a> Kernel<'a> {
         let key = Key::of(&payload);
         let remember = |store: &Store| store.remember(&self.metadata, &key, SystemTime::now());
         if let Some(found) = store.as_ref().and_then(|store| store.find(&key)).and_then(usable) {
-            store.as_ref().inspect(|store| remember(store));
+            if let Some(store) = &store {
+                remember(store);
+            }
             return Ok(found);
         }
         let (file, size) = payload::unpack(&payload).map_err(Flaw::Payload)?;
