@@ -172,13 +172,15 @@ impl Store {
         Ok(rustix::fs::renameat(&self.dir, unfinished, &self.dir, &key.0)?)
     }
 
-    /// Notes which unpacked kernel belongs to a bzImage, unless the file is so new that a later change might not show.
-    pub fn remember(&self, metadata: &Metadata, key: &Key) {
-        let changed = UNIX_EPOCH.checked_add(Duration::new(
-            u64::try_from(metadata.ctime()).unwrap_or(0),
-            u32::try_from(metadata.ctime_nsec()).unwrap_or(0),
-        ));
-        if !changed.is_some_and(|changed| is_before(changed, SETTLED)) {
+    /// Notes which unpacked kernel belongs to a bzImage, unless at the time `now` the file is so new that a later
+    /// change might not show.
+    pub fn remember(&self, metadata: &Metadata, key: &Key, now: SystemTime) {
+        let (Ok(seconds), Ok(nanoseconds)) = (metadata.ctime().try_into(), metadata.ctime_nsec().try_into()) else {
+            return;
+        };
+        let changed = UNIX_EPOCH.checked_add(Duration::new(seconds, nanoseconds));
+        let age = changed.and_then(|changed| now.duration_since(changed).ok());
+        if age.is_none_or(|age| age <= SETTLED) {
             return;
         }
         let link = link_name(metadata);
@@ -239,4 +241,135 @@ fn is_before(time: SystemTime, age: Duration) -> bool {
 
 fn is_within(time: SystemTime, age: Duration) -> bool {
     time.elapsed().is_ok_and(|elapsed| elapsed <= age)
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+    use std::io::Write;
+    use std::os::unix::fs::PermissionsExt;
+
+    fn kernel(content: &[u8]) -> (Key, File) {
+        let mut file = tempfile::tempfile().unwrap();
+        file.write_all(content).unwrap();
+        (Key::of(&[b"packed", content, &(content.len() as u32).to_le_bytes()].concat()), file)
+    }
+
+    fn later(seconds: u64) -> SystemTime {
+        SystemTime::now() + Duration::from_secs(seconds)
+    }
+
+    #[test]
+    fn what_is_kept_is_found() {
+        let dir = tempfile::tempdir().unwrap();
+        let store = Store::open(&dir.path().join("a/b")).unwrap();
+        let (key, file) = kernel(b"content");
+        assert!(store.find(&key).is_none());
+        assert!(store.insert(&key, &file) && store.insert(&key, &file));
+        let (found, size) = store.find(&key).unwrap();
+        assert_eq!((io::read_to_string(found).unwrap().as_str(), size), ("content", 7));
+        assert_eq!(store.names().iter().filter(|name| !name.starts_with('.')).count(), 1);
+    }
+
+    #[test]
+    fn a_file_is_remembered_once_it_has_settled() {
+        let dir = tempfile::tempdir().unwrap();
+        let store = Store::open(&dir.path().join("cache")).unwrap();
+        let (key, file) = kernel(b"content");
+        assert!(store.insert(&key, &file));
+        let path = dir.path().join("bzImage");
+        std::fs::write(&path, "v1").unwrap();
+        let metadata = path.metadata().unwrap();
+        store.remember(&metadata, &key, later(1));
+        assert!(store.find_by_file(&metadata).is_none());
+        store.remember(&metadata, &key, UNIX_EPOCH);
+        assert!(store.find_by_file(&metadata).is_none());
+        store.remember(&metadata, &key, later(10));
+        assert!(store.find_by_file(&metadata).is_some());
+        // Another size, and another file of the same content: neither is the one that was seen.
+        std::fs::write(&path, "v2+").unwrap();
+        assert!(store.find_by_file(&path.metadata().unwrap()).is_none());
+        std::fs::write(dir.path().join("copy"), "v1").unwrap();
+        assert!(store.find_by_file(&dir.path().join("copy").metadata().unwrap()).is_none());
+    }
+
+    #[test]
+    fn damaged_and_planted_entries_are_not_used() {
+        let dir = tempfile::tempdir().unwrap();
+        let store = Store::open(dir.path()).unwrap();
+        let (key, file) = kernel(b"content");
+        let entry = dir.path().join(&key.0);
+        for damage in ["", "conten", "content and more"] {
+            std::fs::write(&entry, damage).unwrap();
+            assert!(store.find(&key).is_none());
+        }
+        std::fs::remove_file(&entry).unwrap();
+        std::fs::write(dir.path().join("elsewhere"), "content").unwrap();
+        std::os::unix::fs::symlink("elsewhere", &entry).unwrap();
+        assert!(store.find(&key).is_none());
+        assert!(store.insert(&key, &file));
+        assert!(store.find(&key).is_some());
+        let metadata = dir.path().join("elsewhere").metadata().unwrap();
+        std::os::unix::fs::symlink("../../etc/passwd", dir.path().join(link_name(&metadata))).unwrap();
+        assert!(store.find_by_file(&metadata).is_none());
+    }
+
+    #[test]
+    fn a_directory_open_to_others_is_not_used() {
+        let dir = tempfile::tempdir().unwrap();
+        std::fs::set_permissions(dir.path(), std::fs::Permissions::from_mode(0o777)).unwrap();
+        assert!(Store::open(dir.path()).is_err());
+        assert!(KernelCache::in_dir(dir.path()).open().is_none());
+        assert!(KernelCache::in_dir("/proc/no/such/place").open().is_none());
+        assert!(KernelCache::off().open().is_none());
+        let made = dir.path().join("made");
+        Store::open(&made).unwrap();
+        assert_eq!(made.metadata().unwrap().mode() & 0o777, 0o700);
+    }
+
+    #[test]
+    fn the_least_recently_used_goes_first() {
+        let dir = tempfile::tempdir().unwrap();
+        let store = Store::open(dir.path()).unwrap();
+        let mut keys = Vec::new();
+        for i in 0..MAX_ENTRIES as u8 + 3 {
+            let (key, file) = kernel(&[i]);
+            assert!(store.insert(&key, &file));
+            // A little in the past, each younger than the one before; the first one is used again.
+            let entry = File::options().write(true).open(dir.path().join(&key.0)).unwrap();
+            entry.set_modified(later(u64::from(i)) - Duration::from_secs(3600)).unwrap();
+            keys.push(key);
+            assert!(store.find(&keys[0]).is_some());
+        }
+        std::fs::write(dir.path().join("new-1-1"), "half").unwrap();
+        std::fs::write(dir.path().join("new-1-2"), "half").unwrap();
+        let old = File::options().write(true).open(dir.path().join("new-1-1")).unwrap();
+        old.set_modified(SystemTime::now() - 2 * STALE).unwrap();
+        std::fs::write(dir.path().join("README"), "not ours").unwrap();
+        store.sweep();
+        let left: Vec<bool> = keys.iter().map(|key| dir.path().join(&key.0).exists()).collect();
+        let expected: Vec<bool> = (0..keys.len()).map(|i| i == 0 || i > 3).collect();
+        assert_eq!(left, expected);
+        assert!(!dir.path().join("new-1-1").exists() && dir.path().join("new-1-2").exists());
+        assert!(dir.path().join("README").exists());
+    }
+
+    #[test]
+    fn many_at_once_do_no_harm() {
+        let dir = tempfile::tempdir().unwrap();
+        let content = vec![7; 300_000];
+        std::thread::scope(|scope| {
+            for _ in 0..8 {
+                scope.spawn(|| {
+                    let store = Store::open(&dir.path().join("cache")).unwrap();
+                    let (key, file) = kernel(&content);
+                    for _ in 0..10 {
+                        assert!(store.insert(&key, &file));
+                        assert_eq!(io::read_to_string(store.find(&key).unwrap().0).unwrap().len(), content.len());
+                    }
+                });
+            }
+        });
+        assert_eq!(std::fs::read_dir(dir.path().join("cache")).unwrap().count(), 1);
+    }
 }

@@ -38,13 +38,18 @@ pub struct Image {
 impl Image {
     /// Checks what does not depend on the machine: sizes add up, and the entry point is part of the kernel.
     pub fn new(spans: Vec<Span>, entry: Entry) -> Result<Self, Flaw> {
-        let mut end = 0;
+        let (mut end, mut total) = (0, 0u64);
         for Span { file, addr, size } in &spans {
             let file_bytes = file.end.checked_sub(file.start).ok_or(Flaw::ProgramHeaders)?;
             if file_bytes > *size {
                 return Err(Flaw::ProgramHeaders);
             }
             end = addr.checked_add(*size).ok_or(Flaw::ProgramHeaders)?.max(end);
+            total = total.saturating_add(*size);
+        }
+        // Spans that lie over each other would let a small file make us copy without end.
+        if total > end {
+            return Err(Flaw::ProgramHeaders);
         }
         let (Entry::Pvh(at) | Entry::Linux64(at)) = entry;
         if !spans.iter().any(|span| (span.addr..span.addr + span.size).contains(&at)) {

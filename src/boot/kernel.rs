@@ -3,6 +3,7 @@
 
 use std::fs::{File, Metadata};
 use std::os::unix::fs::FileExt;
+use std::time::SystemTime;
 
 use super::bzimage::SetupHeader;
 use super::cache::{KernelCache, Key, Store};
@@ -72,9 +73,11 @@ impl<'a> Kernel<'a> {
         }
         let payload = header.read_payload(&self.source.file, self.metadata.len())?;
         let key = Key::of(&payload);
-        let remember = |store: &Store| store.remember(&self.metadata, &key);
+        let remember = |store: &Store| store.remember(&self.metadata, &key, SystemTime::now());
         if let Some(found) = store.as_ref().and_then(|store| store.find(&key)).and_then(usable) {
-            store.as_ref().inspect(|store| remember(store));
+            if let Some(store) = &store {
+                remember(store);
+            }
             return Ok(found);
         }
         let (file, size) = payload::unpack(&payload).map_err(Flaw::Payload)?;

@@ -21,8 +21,8 @@ pub fn write_tables(ram: &RamRegions) -> Result<(), GuestMemoryError> {
     const { assert!(layout::PAGE_TABLES + (2 + DIRECTORIES as u64) * TABLE <= layout::CMDLINE) };
     let mut tables = vec![[0u64; ENTRIES]; 2 + DIRECTORIES];
     tables[0][0] = (layout::PAGE_TABLES + TABLE) | PRESENT_WRITABLE;
-    for i in 0..DIRECTORIES {
-        tables[1][i] = (layout::PAGE_TABLES + (2 + i as u64) * TABLE) | PRESENT_WRITABLE;
+    for (i, entry) in tables[1][..DIRECTORIES].iter_mut().enumerate() {
+        *entry = (layout::PAGE_TABLES + (2 + i as u64) * TABLE) | PRESENT_WRITABLE;
     }
     for (i, entry) in tables[2..].as_flattened_mut().iter_mut().enumerate() {
         *entry = (i as u64 * LARGE_PAGE) | PRESENT_WRITABLE | LARGE;

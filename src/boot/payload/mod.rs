@@ -110,4 +110,4 @@ fn history(wanted: u32, unpacked: u32) -> u32 {
 }
 
 #[cfg(test)]
-mod tests;
+pub mod tests;

@@ -35,7 +35,7 @@ enum State<'a> {
     /// In front of a block header or the index. Blocks start at multiples of four bytes.
     Between(&'a [u8]),
     Block {
-        decoder: Decoder<'a>,
+        decoder: Box<Decoder<'a>>,
         /// Bytes from the start of the block's data to the end of the file.
         len: usize,
     },
@@ -90,10 +90,10 @@ impl<'a> XzReader<'a> {
                 (FILTER_X86, &[a, b, c, d], 1) => branches = Some(u32::from_le_bytes([a, b, c, d])),
                 (FILTER_LZMA2, &[bits], 0) => {
                     let lzma = Lzma2Reader::new(data, history(dictionary_size(bits)?, self.unpacked), None);
-                    let decoder = match branches {
+                    let decoder = Box::new(match branches {
                         None => Decoder::Plain(lzma),
                         Some(start) => Decoder::X86(BcjReader::new_x86(lzma, start as usize)),
-                    };
+                    });
                     self.crc.reset();
                     return Ok(Some(State::Block { decoder, len: data.len() }));
                 }
@@ -128,7 +128,7 @@ impl Read for XzReader<'_> {
                 State::StreamHeader(stream) => State::Between(self.stream_header(stream)?),
                 State::Between(at) => self.block(at)?.unwrap_or(State::End),
                 State::Block { mut decoder, len } => {
-                    let n = match &mut decoder {
+                    let n = match &mut *decoder {
                         Decoder::Plain(lzma) => lzma.read(out)?,
                         Decoder::X86(filter) => filter.read(out)?,
                     };
@@ -137,7 +137,7 @@ impl Read for XzReader<'_> {
                         self.state = State::Block { decoder, len };
                         return Ok(n);
                     }
-                    let rest = match decoder {
+                    let rest = match *decoder {
                         Decoder::Plain(lzma) => lzma.into_inner(),
                         Decoder::X86(filter) => filter.into_inner().into_inner(),
                     };
