@@ -21,7 +21,7 @@ pub enum DiskError {
     Open { path: PathBuf, source: io::Error },
     #[error("{} is {what}, not a disk image or block device", path.display())]
     NotADisk { path: PathBuf, what: &'static str },
-    #[error("disk {} is in use by another process", path.display())]
+    #[error("disk {} is in use already", path.display())]
     Locked { path: PathBuf, read_only: bool },
     #[error("cannot lock disk {}", path.display())]
     Lock { path: PathBuf, source: io::Error },
@@ -183,7 +183,7 @@ impl Disk {
 
     /// Returns once everything written is on stable storage.
     pub fn flush(&self) -> io::Result<()> {
-        Ok(rustix::fs::fdatasync(&self.file)?)
+        Ok(rustix::io::retry_on_intr(|| rustix::fs::fdatasync(&self.file))?)
     }
 
     /// Gives the storage of `len` bytes at `offset` back to the host; they read as zeroes from then on.
@@ -191,22 +191,25 @@ impl Disk {
     /// # Errors
     /// The host's; `EOPNOTSUPP` where it cannot.
     pub fn discard(&self, offset: u64, len: u64) -> io::Result<()> {
-        Ok(rustix::fs::fallocate(&self.file, FallocateFlags::PUNCH_HOLE | FallocateFlags::KEEP_SIZE, offset, len)?)
+        self.allocate(FallocateFlags::PUNCH_HOLE, offset, len)
     }
 
     /// Makes `len` bytes at `offset` read as zeroes, by the cheapest way the host knows. Only if `may_unmap` may
     /// their storage be given up.
     pub fn write_zeroes(&self, offset: u64, len: u64, may_unmap: bool) -> io::Result<()> {
-        if may_unmap
-            && let done @ (Ok(()) | Err(_)) = self.discard(offset, len)
-            && !unsupported(&done)
-        {
-            return done;
+        if may_unmap {
+            let punched = self.discard(offset, len);
+            if !unsupported(&punched) {
+                return punched;
+            }
         }
-        let zeroed =
-            rustix::fs::fallocate(&self.file, FallocateFlags::ZERO_RANGE | FallocateFlags::KEEP_SIZE, offset, len)
-                .map_err(io::Error::from);
+        let zeroed = self.allocate(FallocateFlags::ZERO_RANGE, offset, len);
         if unsupported(&zeroed) { self.write_zero_bytes(offset, len) } else { zeroed }
+    }
+
+    fn allocate(&self, how: FallocateFlags, offset: u64, len: u64) -> io::Result<()> {
+        let flags = how | FallocateFlags::KEEP_SIZE;
+        Ok(rustix::io::retry_on_intr(|| rustix::fs::fallocate(&self.file, flags, offset, len))?)
     }
 
     fn write_zero_bytes(&self, mut offset: u64, mut len: u64) -> io::Result<()> {
@@ -216,9 +219,9 @@ impl Disk {
             let whole = [IoSlice::new(&ZEROES); 256];
             let n = if len >= ZEROES.len() as u64 {
                 let slices = (len / ZEROES.len() as u64).min(whole.len() as u64) as usize;
-                rustix::io::pwritev(&self.file, &whole[..slices], offset)?
+                rustix::io::retry_on_intr(|| rustix::io::pwritev(&self.file, &whole[..slices], offset))?
             } else {
-                rustix::io::pwrite(&self.file, &ZEROES[..len as usize], offset)?
+                rustix::io::retry_on_intr(|| rustix::io::pwrite(&self.file, &ZEROES[..len as usize], offset))?
             };
             if n == 0 {
                 return Err(io::ErrorKind::WriteZero.into());

@@ -82,6 +82,13 @@ pub struct Turn<'a> {
 }
 
 impl Turn<'_> {
+    /// One that nobody cuts short.
+    #[cfg(test)]
+    pub fn of(left: u32) -> Self {
+        static NEVER: AtomicBool = AtomicBool::new(false);
+        Self { left, called: &NEVER }
+    }
+
     /// May one more request be served?
     pub fn another(&mut self) -> bool {
         if self.left == 0 || self.called.load(Ordering::Relaxed) {

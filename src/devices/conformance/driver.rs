@@ -137,14 +137,14 @@ impl Ring {
         self.write_descriptor(self.layout.descriptors + 16 * u64::from(slot), target, len, flags, next);
     }
 
-    /// An indirect table's place, for each of 16 slots.
-    pub fn table(&self, slot: u16) -> u64 {
-        self.base + 0x4000 + 0x400 * u64::from(slot % 16)
+    /// A place for an indirect table of 64 entries; there are 16.
+    pub fn table(&self, n: u16) -> u64 {
+        self.base + 0x4000 + 0x400 * u64::from(n % 16)
     }
 
     /// Describes a chain from entry `slot` on, there or in an indirect table.
     pub fn chain(&self, slot: u16, buffers: &[Buffer], indirect: bool) {
-        let (table, first) = if indirect { (self.table(slot), 0) } else { (self.layout.descriptors, slot) };
+        let (table, first) = if indirect { (self.table(slot / 8), 0) } else { (self.layout.descriptors, slot) };
         for (at, buffer) in (first..).zip(buffers) {
             let last = usize::from(at - first) + 1 == buffers.len();
             let flags = if buffer.writable { WRITE } else { 0 } | if last { 0 } else { NEXT };
@@ -188,6 +188,11 @@ impl Ring {
         self.kick.write(1).unwrap();
     }
 
+    /// Replaces the eventfd by one that has never been kicked.
+    pub fn renew_kick(&mut self) {
+        self.kick = EventFd::new(EFD_NONBLOCK).unwrap();
+    }
+
     pub fn load(&self, addr: u64) -> u16 {
         u16::from_le(self.ram.load(GuestAddress(addr), Ordering::Acquire).unwrap())
     }
@@ -212,12 +217,16 @@ impl Ring {
     pub fn wait_used(&mut self, count: usize) -> Vec<(u32, u32)> {
         let mut entries = Vec::new();
         loop {
-            let event = self.layout.avail + 4 + 2 * u64::from(self.layout.size);
-            self.ram.store(self.seen.to_le(), GuestAddress(event), Ordering::Relaxed).unwrap();
-            fence(Ordering::SeqCst);
             entries.extend(self.collect());
             if entries.len() >= count {
                 return entries;
+            }
+            // Ask for an interrupt at the next entry, then make sure that it has not come already.
+            let event = self.layout.avail + 4 + 2 * u64::from(self.layout.size);
+            self.ram.store(self.seen.to_le(), GuestAddress(event), Ordering::Relaxed).unwrap();
+            fence(Ordering::SeqCst);
+            if self.used_index() != self.seen {
+                continue;
             }
             let (index, heard) = (self.index, self.interrupts);
             let told = self.events.wait(|events, broken| events.interrupts(index) != heard || broken.is_some());

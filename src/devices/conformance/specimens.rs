@@ -118,27 +118,34 @@ impl Specimen for DiskRequests {
 
 /// A network of two ends: the device's, and ours.
 pub struct Packets {
+    name: &'static str,
+    mtu: u16,
     theirs: OwnedFd,
     ours: std::fs::File,
 }
 
 impl Packets {
     pub fn new() -> Self {
+        Self::with("net0", 1500)
+    }
+
+    /// Of a device called `name`, whose tap has that MTU.
+    pub fn with(name: &'static str, mtu: u16) -> Self {
         let (theirs, ours) =
             socketpair(AddressFamily::UNIX, SocketType::SEQPACKET, SocketFlags::NONBLOCK, None).unwrap();
-        Self { theirs, ours: ours.into() }
+        Self { name, mtu, theirs, ours: ours.into() }
     }
 
     fn tap(&self) -> Tap {
-        Tap::from_packets(self.theirs.try_clone().unwrap(), 1500)
+        Tap::from_packets(self.theirs.try_clone().unwrap(), self.mtu)
     }
 
     pub fn device(&self) -> Box<dyn VirtioDevice> {
-        Box::new(Net::new("net0".into(), self.tap(), NetOptions::default()).unwrap())
+        Box::new(Net::new(self.name.into(), self.tap(), NetOptions::default()).unwrap())
     }
 
     pub fn engine(&self) -> Box<dyn Engine> {
-        Box::new(NetEngine::new("net0".into(), self.tap(), 1500))
+        Box::new(NetEngine::new(self.name.into(), self.tap(), self.mtu))
     }
 
     /// A header of 12 bytes and a frame of `len`.
