@@ -219,10 +219,12 @@ entry_state:
 ap_entry:
     .quad 0
 
-    .bss
 /* All zero: ring 3 may use every port. IOPL 3 says the same, but there are hosts whose IRET drops it. */
+    .section .bss.near, "aw", @nobits
 io_bitmap:
     .skip 0x2000
+
+    .bss
     .balign 16
     .skip 0x4000
 ring0_stack_top:

@@ -120,7 +120,10 @@ static inline void cpuid(u32 leaf, u32 subleaf, u32 out[4])
 }
 
 /* Waits for memory that someone else writes. */
-#define pause() asm volatile("pause" : : : "memory")
+static inline void pause(void)
+{
+    asm volatile("pause" : : : "memory");
+}
 
 /* True until about `seconds` have passed since `since`, on a CPU of up to 4 GHz. */
 static inline bool within(u64 since, u32 seconds)
