@@ -10,6 +10,7 @@
     .set DATA3, 0x18 | 3
     .set CODE3, 0x20 | 3
     .set TASK, 0x28
+    .set CODE32, 0x38
 
     .set EFER, 0xc0000080
     .set EFER_LME, 1 << 8
@@ -191,6 +192,7 @@ gdt:
     .word TSS_LIMIT, TSS & 0xffff   /* TASK */
     .byte TSS >> 16, 0x89, 0, 0
     .quad 0
+    .quad 0x00cf9b000000ffff        /* CODE32, on an AP's way from real mode */
 gdt_end:
 
 idt:
@@ -203,7 +205,7 @@ idt:
 idt_end:
 
     .balign 8
-    .globl gdt_pointer
+    .globl gdt_pointer, gdt
 gdt_pointer:
     .word gdt_end - gdt - 1
     .quad gdt
