@@ -1,6 +1,7 @@
 /*
  * Says hello, tells how it was entered, and ends as the command line asks:
- * `end=` off (default), reset, keyboard, panic, fault (triple), exception, halt; `mark=1` writes the boot mark.
+ * `end=` off (default), reset, keyboard, panic, fault (triple), exception, halt, button (powers off when the power
+ * button is pressed), echo (gives every byte of input back, up to and including `q`); `mark=1` writes the boot mark.
  */
 #include "runtime.h"
 
@@ -26,6 +27,25 @@ static void print_boot(void)
         print("memory=%lx+%lx type=%u\n", boot.map[i].start, boot.map[i].size, boot.map[i].type);
 }
 
+static void wait_for_button(void)
+{
+    while ((readl(EVENT_DEVICE) & 1) == 0)
+        pause();
+    print("button\n");
+}
+
+static void echo(void)
+{
+    enum { LINE_STATUS = SERIAL + 5, DATA_READY = 1 };
+    u8 byte = 0;
+    while (byte != 'q') {
+        while ((inb(LINE_STATUS) & DATA_READY) == 0)
+            pause();
+        byte = inb(SERIAL);
+        print("%c", byte);
+    }
+}
+
 void main(void)
 {
     print("hello\n");
@@ -46,4 +66,8 @@ void main(void)
         writeb(0x123456789000, 0);
     if (option_is("end", "halt"))
         halt();
+    if (option_is("end", "button"))
+        wait_for_button();
+    if (option_is("end", "echo"))
+        echo();
 }
