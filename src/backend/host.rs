@@ -6,7 +6,7 @@
 use std::fmt;
 use std::fs::{File, OpenOptions};
 use std::io;
-use std::os::unix::fs::OpenOptionsExt;
+use std::os::unix::fs::{FileTypeExt, OpenOptionsExt};
 use std::os::unix::net::{UnixListener, UnixStream};
 use std::path::{Path, PathBuf};
 
@@ -72,8 +72,10 @@ impl HostFiles for OpenDirectly {
     fn listen(&self, path: &Path) -> io::Result<UnixListener> {
         match UnixListener::bind(path) {
             Err(error) if error.kind() == io::ErrorKind::AddrInUse => {
-                let stale = UnixStream::connect(path).is_err_and(|e| e.kind() == io::ErrorKind::ConnectionRefused);
-                if !stale {
+                // Connecting to what is no socket at all is refused just the same.
+                let is_socket = std::fs::symlink_metadata(path)?.file_type().is_socket();
+                let refused = || UnixStream::connect(path).is_err_and(|e| e.kind() == io::ErrorKind::ConnectionRefused);
+                if !is_socket || !refused() {
                     return Err(error);
                 }
                 std::fs::remove_file(path)?;

@@ -7,6 +7,7 @@ use std::sync::Arc;
 use proptest::prelude::*;
 use vm_memory::{Bytes, GuestAddress, GuestMemoryBackend};
 
+use crate::cpu::gdt;
 use crate::memory::{Ram, anonymous};
 use payload::tests::{pack, sample};
 
@@ -131,7 +132,15 @@ fn an_elf_with_the_note_is_entered_by_pvh() {
 #[test]
 fn an_elf_without_it_is_entered_in_long_mode() {
     let (ram, entry) = boot(64, &with_initrd(&elf(&sample(5000), None), &[7; 4096])).unwrap();
-    assert_eq!(entry, EntryPoint::Linux64 { rip: KERNEL + 0x10, zero_page: layout::ZERO_PAGE });
+    assert_eq!(
+        entry,
+        EntryPoint::Linux64 {
+            rip: KERNEL + 0x10,
+            zero_page: layout::ZERO_PAGE,
+            page_tables: layout::PAGE_TABLES,
+            gdt: layout::GDT
+        }
+    );
     let zero_page = bytes_at(&ram, layout::ZERO_PAGE, 4096);
     let u32_of = |offset: usize| u32::from_le_bytes(*zero_page[offset..].first_chunk().unwrap());
     assert_eq!(&zero_page[0x1fe..0x200], [0x55, 0xaa]);
@@ -144,7 +153,7 @@ fn an_elf_without_it_is_entered_in_long_mode() {
     assert_eq!(zero_page[0x1e8], 4);
     assert_eq!([u32_of(0x2d0 + 40), u32_of(0x2d0 + 48), u32_of(0x2d0 + 56)], [MIB as u32, 63 * MIB as u32, 1]);
     assert_eq!(u64_at(&ram, layout::PAGE_TABLES), layout::PAGE_TABLES + 0x1003);
-    assert_eq!(u64_at(&ram, layout::GDT + 16), EntryPoint::GDT[2]);
+    assert_eq!(u64_at(&ram, layout::GDT + 16), gdt::TABLE[2]);
 }
 
 #[test]
@@ -169,7 +178,12 @@ fn a_bzimage_is_entered_as_the_elf_inside() {
 
 #[test]
 fn what_cannot_be_unpacked_unpacks_itself() {
-    let own_entry = EntryPoint::Linux64 { rip: KERNEL + 0x200, zero_page: layout::ZERO_PAGE };
+    let own_entry = EntryPoint::Linux64 {
+        rip: KERNEL + 0x200,
+        zero_page: layout::ZERO_PAGE,
+        page_tables: layout::PAGE_TABLES,
+        gdt: layout::GDT,
+    };
     let lzo = b"\x89LZO\0\r\n\x1a\n whatever".to_vec();
     let mut broken = pack(Format::Xz, &elf(&sample(5000), None));
     broken[100] ^= 1;

@@ -85,9 +85,10 @@ fn copy_sparse(from: &Path, to: &Path) {
 
 #[test]
 fn a_disk_in_use_is_refused_to_a_second_writer() {
-    let mut guest = Guest::new("cloud");
-    let path = guest.dir.path().join("data.img");
+    let dir = tempfile::tempdir().unwrap();
+    let path = dir.path().join("data.img");
     File::create_new(&path).unwrap().set_len(MIB).unwrap();
+    let mut guest = Guest::new("cloud");
     guest.command.arg("--disk").arg(&path);
     let running = guest.start("echo READY; sleep 600");
     running.output.wait_for("READY", LIMIT);

@@ -66,7 +66,7 @@ fn the_console_takes_input_and_goes_to_files_and_sockets() {
 
     let path = dir.path().join("console.sock");
     let mut guest = Guest::new("cloud").arg("--serial", format!("socket={}", path.display()));
-    let running = guest.start("while ! read line; do sleep 0.1; done; echo heard=$line");
+    let running = guest.start("sleep 2; echo READY; read line; echo heard=$line");
     let mut client = loop {
         match std::os::unix::net::UnixStream::connect(&path) {
             Ok(client) => break client,
@@ -74,6 +74,7 @@ fn the_console_takes_input_and_goes_to_files_and_sockets() {
         }
     };
     let said = crate::support::Transcript::of(client.try_clone().unwrap());
+    said.wait_for("READY", LIMIT);
     std::io::Write::write_all(&mut client, b"hello\n").unwrap();
     said.wait_for("heard=hello", LIMIT);
     running.wait(LIMIT).expect_code(0);
