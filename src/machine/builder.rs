@@ -25,7 +25,7 @@ use crate::cpu::{self, EntryPoint, HostCpuid, Vcpu};
 use crate::devices::{Block, Net, NetOptions, Rng};
 use crate::memory::{self, Ram};
 use crate::observe::{Milestone, Timeline};
-use crate::platform::acpi::{self, AcpiConfig};
+use crate::platform::acpi::{self, AcpiConfig, AcpiError};
 use crate::platform::bus::{Bus, BusDevice};
 use crate::platform::events::EventDevice;
 use crate::platform::interrupts::Interrupts;
@@ -88,6 +88,8 @@ impl Machine {
             &ram,
             &AcpiConfig { cpus: config.cpus.into(), pci_window_64: layout::pci_window_64(address_bits) },
         )?;
+
+        power::write_reset_vector(&ram).map_err(AcpiError::from)?;
 
         let events = Arc::new(EventQueue::new().map_err(MachineError::host("make an event queue"))?);
         let news = Arc::new(News { events: events.clone(), timeline: timeline.clone() });

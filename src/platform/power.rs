@@ -6,13 +6,31 @@
 
 use std::sync::{Arc, Mutex};
 
+use vm_memory::{Bytes, GuestAddress, GuestMemoryError};
+
 use super::bus::{Bus, BusDevice};
 use super::{EventSink, GuestEvent, layout};
+use crate::memory::RamRegions;
 
 /// `SLP_TYP` of S5, as the DSDT's `\_S5` gives it.
 pub const SLEEP_TYPE_S5: u8 = 5;
 /// Sleep control, sleep status and reset, side by side.
 pub const POWER_PORTS: u64 = 3;
+
+/// Resets the machine from real mode: `mov $0x602, %dx; mov $1, %al; out %al, %dx`, then halts for good.
+///
+/// Linux on hardware-reduced ACPI prefers EFI's reset; without EFI it goes on to the firmware's entry point, not
+/// to the ACPI reset register. So that is where the way to the register has to be.
+const RESET_STUB: [u8; 9] =
+    [0xba, layout::RESET_PORT as u8, (layout::RESET_PORT >> 8) as u8, 0xb0, layout::RESET_VALUE, 0xee, 0xf4, 0xeb, 0xfd];
+
+/// Puts the reset stub where a guest that wants the firmware's entry point jumps to.
+///
+/// # Errors
+/// When there is no RAM at the reset vector.
+pub fn write_reset_vector(ram: &RamRegions) -> Result<(), GuestMemoryError> {
+    ram.write_slice(&RESET_STUB, GuestAddress(layout::RESET_VECTOR))
+}
 
 type Sink = Arc<dyn EventSink>;
 
