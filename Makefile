@@ -12,7 +12,7 @@ SCRIPTS := $(shell grep -lE '^\#!/bin/(ba)?sh' .ci/run $$(find tests resources -
            resources/linux/initrd-init tests/lab/init
 
 .DEFAULT_GOAL := help
-.PHONY: help run test lint bench soak install clean release setup guest
+.PHONY: help run test lint bench soak install manual clean release setup guest
 
 help: ## say what there is
 	@awk -F ':.*## ' '/^[a-z]+:.*## / { printf "  make %-9s %s\n", $$1, $$2 }' $(MAKEFILE_LIST)
@@ -21,7 +21,7 @@ run: release setup guest ## boot Debian's cloud kernel to a shell (in an emulate
 	@resources/linux/run $(RELEASE) $(GUEST)
 
 test: setup guest ## run all tests, those with real guests too
-	$(CARGO) test --profile test-release --lib --bins $(addprefix --test ,$(NATIVE))
+	$(CARGO) test --profile test-release --lib --bins --examples $(addprefix --test ,$(NATIVE))
 	$(CARGO) test --profile test-release --doc
 	TRANCHE_GUEST_DIR=$(GUEST) CARGO_TARGET_X86_64_UNKNOWN_LINUX_GNU_RUNNER=$(CURDIR)/tests/lab/run-tests \
 		$(CARGO) test --profile test-release --test linux
@@ -30,6 +30,8 @@ test: setup guest ## run all tests, those with real guests too
 lint: ## check format, code and scripts
 	$(CARGO) fmt --check
 	$(CARGO) clippy --all-targets -- -D warnings
+	@if command -v cargo-deny > /dev/null; then $(CARGO) deny check licenses bans sources; \
+	else echo "cargo-deny is not installed: licences go unchecked"; fi
 	@if command -v shellcheck > /dev/null; then echo shellcheck; shellcheck $(SCRIPTS); \
 	else echo "shellcheck is not installed: the scripts go unchecked"; fi
 
@@ -39,8 +41,15 @@ bench: release setup guest ## measure speed and size
 soak: release setup guest ## run guests for long
 	tests/soak/run
 
-install: release ## install the program to $(DESTDIR)$(PREFIX)/bin
+manual: ## write man pages and shell completions to target/manual
+	$(CARGO) run --quiet --example manual target/manual
+
+install: release manual ## install program, man pages and completions below $(DESTDIR)$(PREFIX)
 	install -D -m 755 $(RELEASE) $(DESTDIR)$(PREFIX)/bin/tranche
+	install -D -m 644 -t $(DESTDIR)$(PREFIX)/share/man/man1 target/manual/man1/*.1
+	install -D -m 644 -t $(DESTDIR)$(PREFIX)/share/bash-completion/completions target/manual/bash/tranche
+	install -D -m 644 -t $(DESTDIR)$(PREFIX)/share/zsh/site-functions target/manual/zsh/_tranche
+	install -D -m 644 -t $(DESTDIR)$(PREFIX)/share/fish/vendor_completions.d target/manual/fish/tranche.fish
 
 clean: ## remove everything that was built (downloads stay in ~/.cache/tranche)
 	$(CARGO) clean

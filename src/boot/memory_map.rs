@@ -11,8 +11,6 @@ use crate::platform::layout;
 pub enum Kind {
     Ram = 1,
     Reserved = 2,
-    /// ACPI tables: the kernel may reuse the memory once it has read them.
-    Acpi = 3,
 }
 
 /// A range of guest physical addresses; sizes in bytes.
@@ -26,7 +24,8 @@ pub struct Range {
 /// The map, in ascending order. What it does not name is free for devices.
 pub fn memory_map(ram: &RamRegions) -> Vec<Range> {
     let mut map = vec![
-        range(layout::ACPI, layout::ACPI_END, Kind::Acpi),
+        // Not memory to be reused: the reset vector behind the ACPI tables is for the guest's end.
+        range(layout::ACPI, layout::HIGH_RAM, Kind::Reserved),
         // Linux uses PCI's memory-mapped configuration space only where the firmware reserves it.
         range(layout::ECAM, layout::ECAM + layout::ECAM_SIZE, Kind::Reserved),
     ];
@@ -59,7 +58,7 @@ mod tests {
         let ram = anonymous(&layout::ram_ranges(4 << 30)).unwrap();
         let expected = [
             (0, 0x9_fc00, Kind::Ram),
-            (0xe_0000, 0x10_0000, Kind::Acpi),
+            (0xe_0000, 0x10_0000, Kind::Reserved),
             (0x10_0000, 3 << 30, Kind::Ram),
             (0xe000_0000, 0xe010_0000, Kind::Reserved),
             (4 << 30, 5 << 30, Kind::Ram),

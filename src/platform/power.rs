@@ -234,4 +234,14 @@ mod tests {
             prop_assert!(read.iter().all(|&byte| byte == 0xff));
         }
     }
+
+    #[test]
+    fn the_reset_vector_leads_to_the_reset_register() {
+        let ram = crate::memory::anonymous(&layout::ram_ranges(1 << 21)).unwrap();
+        write_reset_vector(&ram).unwrap();
+        let mut code = [0; 9];
+        ram.read_slice(&mut code, GuestAddress(0xf_fff0)).unwrap();
+        // mov $0x602, %dx; mov $1, %al; out %al, %dx; hlt; jmp back to the hlt
+        assert_eq!(code, [0xba, 0x02, 0x06, 0xb0, 0x01, 0xee, 0xf4, 0xeb, 0xfd]);
+    }
 }
