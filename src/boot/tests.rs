@@ -265,6 +265,8 @@ fn what_is_no_kernel_is_told_from_a_damaged_one() {
         &good[..5000],
         &packed[..packed.len() - 1],
         &packed[..700],
+        &packed[..0x212],
+        &packed[..0x24f],
         &wild_entry,
         &wild_offset,
         &more_file_than_memory,
