@@ -2,6 +2,7 @@
 
 use std::error::Error;
 use std::fmt::Write as _;
+use std::io;
 
 use crate::backend::disk::DiskError;
 use crate::backend::tap::TapError;
@@ -92,6 +93,9 @@ fn judge(error: &MachineError) -> (Exit, Option<String>) {
         MachineError::Tap(error) => {
             let exit = if matches!(error, TapError::NoSuchTap(_)) { Exit::NoSuchTap } else { Exit::TapUnusable };
             (exit, error.hint())
+        }
+        MachineError::Serial { source, .. } if source.kind() == io::ErrorKind::AddrInUse => {
+            (Exit::Serial, hint("another VM listens there, or it is no socket: give another path"))
         }
         MachineError::Serial { .. } => {
             (Exit::Serial, hint("give a path in a directory that exists and is yours to write to"))
