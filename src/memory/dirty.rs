@@ -10,7 +10,7 @@ use zerocopy::FromZeros;
 
 use super::PAGE;
 
-#[derive(Debug)]
+#[derive(Debug, Default)]
 pub struct DirtyBitmap {
     words: Box<[AtomicU64]>,
     pages: usize,
@@ -25,12 +25,6 @@ impl DirtyBitmap {
         let pages = bytes.div_ceil(PAGE.get());
         let words = <[AtomicU64]>::new_box_zeroed_with_elems(pages.div_ceil(64)).ok()?;
         Some(Self { words, pages })
-    }
-}
-
-impl Default for DirtyBitmap {
-    fn default() -> Self {
-        Self { words: Box::default(), pages: 0 }
     }
 }
 
