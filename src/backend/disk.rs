@@ -47,6 +47,7 @@ impl DiskError {
                 Some(format!("several VMs can share a disk only if all attach it read-only: {},ro", path.display()))
             }
             Self::Locked { read_only: true, .. } => Some("another VM holds it for writing".into()),
+            Self::NotADisk { .. } => Some("give a raw disk image or a block device".into()),
             Self::Empty { path } => Some(format!("give it a size: truncate -s 1G {}", path.display())),
             _ => None,
         }

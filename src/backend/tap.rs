@@ -48,6 +48,8 @@ impl TapError {
             Self::Permission(name) => {
                 Some(format!("its owner is set when it is created: ip tuntap add dev {name} mode tap user $USER"))
             }
+            Self::Name(_) => Some("'ip tuntap list' lists the taps there are".into()),
+            Self::Busy(_) => Some("a tap serves one VM: create another for this one".into()),
             Self::NotATap(name) => Some(format!("ip -d link show {name} tells what it is")),
             _ => None,
         }

@@ -45,7 +45,10 @@ impl SetupHeader {
         }
         // Offset 0x201 has the distance from 0x202 to the end of the header.
         let end = (0x202 + usize::from(head[0x201])).clamp(0x250, HEADER_LIMIT);
-        let bytes = head.get(HEADER_START..end.min(head.len()))?.to_vec();
+        let Some(bytes) = head.get(HEADER_START..end) else {
+            return Some(Err(Flaw::Truncated { expected: end as u64, actual: head.len() as u64 }));
+        };
+        let bytes = bytes.to_vec();
         let header = Self { bytes, version };
         if header.u8(0x211) & LOADED_HIGH == 0 {
             // A zImage, which nobody has built for decades.

@@ -17,6 +17,7 @@ const ET_EXEC: u16 = 2;
 const ET_DYN: u16 = 3;
 const EM_X86_64: u16 = 62;
 const PT_LOAD: u32 = 1;
+const PT_INTERP: u32 = 3;
 const PT_NOTE: u32 = 4;
 /// More program headers than this is no kernel: Linux has 5.
 const MAX_HEADERS: u16 = 512;
@@ -94,6 +95,8 @@ pub fn parse(file: &File, head: &[u8], file_size: u64) -> Result<Image, KernelEr
                 let (addr, size) = (segment.physical_addr.get(), segment.memory_size.get());
                 spans.push(Span { file: start..end, addr, size });
             }
+            // No kernel asks for a dynamic linker.
+            PT_INTERP => return Err(Flaw::Program.into()),
             PT_NOTE if pvh_entry.is_none() => {
                 let notes = read_at(file, head, file_size, start, len.min(MAX_NOTES))?;
                 pvh_entry = find_pvh_entry(&notes, if segment.align == 8 { 8 } else { 4 });
@@ -103,6 +106,10 @@ pub fn parse(file: &File, head: &[u8], file_size: u64) -> Result<Image, KernelEr
     }
     if spans.is_empty() {
         return Err(Flaw::NothingToLoad.into());
+    }
+    // Position-independent code has no address of its own: what a static program or a library looks like.
+    if header.kind == ET_DYN && spans.iter().any(|span| span.addr == 0) {
+        return Err(Flaw::Program.into());
     }
     Ok(Image::new(spans, pvh_entry.map_or(Entry::Linux64(header.entry.get()), Entry::Pvh))?)
 }

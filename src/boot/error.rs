@@ -42,6 +42,8 @@ pub enum Flaw {
     UnknownFormat,
     #[error("its ELF header is not that of a 64-bit x86 executable")]
     ForeignElf,
+    #[error("it is a program or library for a running system")]
+    Program,
     #[error("it has nothing to load")]
     NothingToLoad,
     #[error("its boot protocol is {}.{:02}; 2.08 is the oldest supported", .0 >> 8, .0 & 0xff)]
@@ -60,7 +62,9 @@ impl Flaw {
     /// Whether the file was a kernel once, rather than never.
     fn is_damage(&self) -> bool {
         match self {
-            Self::UnknownFormat | Self::ForeignElf | Self::NothingToLoad | Self::OldProtocol(_) => false,
+            Self::UnknownFormat | Self::ForeignElf | Self::Program | Self::NothingToLoad | Self::OldProtocol(_) => {
+                false
+            }
             Self::Payload(cause) => !matches!(cause, UnpackError::UnknownFormat),
             Self::Truncated { .. } | Self::ProgramHeaders | Self::EntryPoint(_) => true,
         }

@@ -239,10 +239,16 @@ fn what_is_no_kernel_is_told_from_a_damaged_one() {
     elf32[4] = 1;
     let mut no_segments = good.clone();
     no_segments[56] = 0;
+    // One that wants a dynamic linker, and one that would be loaded anywhere.
+    let mut program = elf(&sample(5000), Some(KERNEL as u32));
+    program[64 + 2 * 56] = 3;
+    let mut anywhere = good.clone();
+    anywhere[16] = 3;
+    anywhere[64 + 24..64 + 32].fill(0);
     let packed = bzimage(&pack(Format::Gzip, &good));
     let mut old = packed.clone();
     old[0x206] = 7;
-    for bytes in [&b""[..], b"#!/bin/sh\n", &[0; 5000], &arm, &elf32, &no_segments, &old] {
+    for bytes in [&b""[..], b"#!/bin/sh\n", &[0; 5000], &arm, &elf32, &no_segments, &program, &anywhere, &old] {
         let error = boot(64, &source(bytes)).unwrap_err();
         assert!(matches!(error, BootError::NotAKernel { .. }), "{error:?}");
     }
@@ -259,6 +265,8 @@ fn what_is_no_kernel_is_told_from_a_damaged_one() {
         &good[..5000],
         &packed[..packed.len() - 1],
         &packed[..700],
+        &packed[..0x212],
+        &packed[..0x24f],
         &wild_entry,
         &wild_offset,
         &more_file_than_memory,

@@ -2,10 +2,11 @@
 
 use std::error::Error;
 use std::fmt::Write as _;
+use std::io;
 
 use crate::backend::disk::DiskError;
 use crate::backend::tap::TapError;
-use crate::boot::BootError;
+use crate::boot::{BootError, Minimum};
 use crate::machine::{End, KvmError, MachineError};
 
 /// How the program ends. The numbers are a promise: docs/exit-codes.md lists them.
@@ -67,6 +68,9 @@ fn judge(error: &MachineError) -> (Exit, Option<String>) {
                     "turn on VT-x or AMD-V in the firmware (or nested virtualization in the hypervisor around), then 'modprobe kvm-intel' or 'modprobe kvm-amd'",
                 ),
             ),
+            KvmError::NotKvm(_) => {
+                (Exit::NoKvm, hint("put the node back: 'rm /dev/kvm', then load the module again or restart udev"))
+            }
             KvmError::Permission(_) => (
                 Exit::KvmPermission,
                 hint("join the group that owns it: 'sudo usermod -aG kvm $USER', then log in again"),
@@ -90,6 +94,9 @@ fn judge(error: &MachineError) -> (Exit, Option<String>) {
             let exit = if matches!(error, TapError::NoSuchTap(_)) { Exit::NoSuchTap } else { Exit::TapUnusable };
             (exit, error.hint())
         }
+        MachineError::Serial { source, .. } if source.kind() == io::ErrorKind::AddrInUse => {
+            (Exit::Serial, hint("another VM listens there, or it is no socket: give another path"))
+        }
         MachineError::Serial { .. } => {
             (Exit::Serial, hint("give a path in a directory that exists and is yours to write to"))
         }
@@ -108,6 +115,13 @@ fn judge_boot(error: &BootError) -> (Exit, Option<String>) {
             (Exit::NotAKernel, "give a bzImage (such as /boot/vmlinuz) or an ELF vmlinux for x86-64")
         }
         BootError::KernelDamaged { .. } => (Exit::KernelDamaged, "fetch or copy the file again"),
+        BootError::KernelDoesNotFit { minimum: Minimum::Never, .. } => {
+            (Exit::KernelDoesNotFit, "give a kernel that is linked to lie between 1 MiB and 3 GiB")
+        }
+        BootError::InitrdDoesNotFit { minimum: Minimum::Never, .. } => (
+            Exit::InitrdDoesNotFit,
+            "give a smaller initrd: it has to lie below 3 GiB, and where the kernel can reach it",
+        ),
         BootError::KernelDoesNotFit { .. } => (Exit::KernelDoesNotFit, "give more --memory"),
         BootError::ReadInitrd { .. } | BootError::InitrdEmpty { .. } => {
             (Exit::InitrdUnreadable, "check the path of --initrd and its permissions")

@@ -126,6 +126,9 @@ fn open_kvm(host: &dyn HostFiles, cpus: u8) -> Result<Kvm, KvmError> {
     })?;
     let kvm = kvm_of(file);
     let version = kvm.get_api_version();
+    if version < 0 {
+        return Err(KvmError::NotKvm(std::io::Error::last_os_error()));
+    }
     if version != KVM_API_VERSION as i32 {
         return Err(KvmError::Version(version));
     }

@@ -46,6 +46,8 @@ pub enum KvmError {
     Permission(#[source] io::Error),
     #[error("cannot open /dev/kvm")]
     Open(#[source] io::Error),
+    #[error("/dev/kvm is not the device of KVM")]
+    NotKvm(#[source] io::Error),
     #[error("/dev/kvm speaks version {0} of the KVM API, not 12")]
     Version(i32),
     #[error("this host's KVM lacks {0}")]

@@ -10,7 +10,7 @@ use zerocopy::FromZeros;
 
 use super::PAGE;
 
-#[derive(Debug)]
+#[derive(Debug, Default)]
 pub struct DirtyBitmap {
     words: Box<[AtomicU64]>,
     pages: usize,
@@ -18,23 +18,19 @@ pub struct DirtyBitmap {
 
 impl DirtyBitmap {
     /// A clean bitmap for `bytes` of memory, rounded up to whole pages.
+    ///
+    /// `None` where the host has no room for a 32768th of that.
     #[must_use]
-    pub fn with_pages(bytes: usize) -> Self {
+    pub fn for_bytes(bytes: usize) -> Option<Self> {
         let pages = bytes.div_ceil(PAGE.get());
-        let words = <[AtomicU64]>::new_box_zeroed_with_elems(pages.div_ceil(64)).expect("a 32768th of guest memory");
-        Self { words, pages }
-    }
-}
-
-impl Default for DirtyBitmap {
-    fn default() -> Self {
-        Self::with_pages(0)
+        let words = <[AtomicU64]>::new_box_zeroed_with_elems(pages.div_ceil(64)).ok()?;
+        Some(Self { words, pages })
     }
 }
 
 impl NewBitmap for DirtyBitmap {
     fn with_len(len: usize) -> Self {
-        Self::with_pages(len)
+        Self::for_bytes(len).expect("a size that fits")
     }
 }
 
@@ -77,7 +73,7 @@ mod tests {
         #[test]
         fn marks_exactly_the_pages_touched(offset in 0usize..0x50_0000, len in 0usize..0x50_0000) {
             let bytes = 0x40_0000;
-            let bitmap = DirtyBitmap::with_pages(bytes);
+            let bitmap = DirtyBitmap::for_bytes(bytes).unwrap();
             bitmap.mark_dirty(offset, len);
             for page in 0..bytes / 4096 + 2 {
                 let (start, end) = (page * 4096, (page + 1) * 4096);

@@ -25,6 +25,8 @@ pub const PAGE_SIZE: u64 = 4096;
 pub enum MemoryError {
     #[error("cannot reserve {size} bytes of address space for guest memory")]
     Map { size: u64, source: MmapRegionError },
+    #[error("the host has no memory to keep track of {size} bytes of guest memory")]
+    Track { size: u64 },
     #[error("guest memory ranges overlap or leave the address space")]
     Layout,
 }
@@ -37,7 +39,8 @@ pub fn anonymous(ranges: &[(GuestAddress, u64)]) -> Result<Ram, MemoryError> {
     let mut regions = Vec::with_capacity(ranges.len());
     for &(start, size) in ranges {
         let bytes = usize::try_from(size).map_err(|_| MemoryError::Layout)?;
-        let mapping = MmapRegionBuilder::new_with_bitmap(bytes, DirtyBitmap::with_pages(bytes))
+        let bitmap = DirtyBitmap::for_bytes(bytes).ok_or(MemoryError::Track { size })?;
+        let mapping = MmapRegionBuilder::new_with_bitmap(bytes, bitmap)
             .with_mmap_prot(libc::PROT_READ | libc::PROT_WRITE)
             .with_mmap_flags(libc::MAP_ANONYMOUS | libc::MAP_PRIVATE | libc::MAP_NORESERVE)
             .build()
@@ -78,6 +81,13 @@ mod tests {
         assert_eq!(dirty, [3, 4]);
         assert!(!ram.find_region(GuestAddress(0)).unwrap().bitmap().dirty_at(0));
         assert_eq!(total_bytes(&ram), 0x20_0000);
+    }
+
+    #[test]
+    fn more_than_any_host_has_is_refused() {
+        for size in [1 << 47, 1 << 60, !0xfff] {
+            assert!(anonymous(&[(GuestAddress(0), size)]).is_err(), "{size:#x}");
+        }
     }
 
     #[test]

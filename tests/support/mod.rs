@@ -5,7 +5,7 @@ use std::fs::File;
 use std::io::{Read, Write};
 use std::path::{Path, PathBuf};
 use std::process::{Child, Command, ExitStatus, Stdio};
-use std::sync::{Arc, Condvar, Mutex};
+use std::sync::{Arc, Condvar, Mutex, OnceLock};
 use std::time::{Duration, Instant};
 
 use rustix::process::{Pid, Signal, kill_process};
@@ -68,10 +68,14 @@ pub struct Ended {
 
 impl Running {
     pub fn start(command: &mut Command) -> Self {
-        let command = command.stdin(Stdio::piped()).stdout(Stdio::piped()).stderr(Stdio::piped());
+        Self::spawn(command.stdin(Stdio::piped()).stdout(Stdio::piped()).stderr(Stdio::piped()))
+    }
+
+    /// Starts it with the streams that `command` names; what is piped is listened to.
+    pub fn spawn(command: &mut Command) -> Self {
         let mut child = command.spawn().expect("the program under test starts");
-        let output = Transcript::of(child.stdout.take().unwrap());
-        let errors = Transcript::of(child.stderr.take().unwrap());
+        let output = child.stdout.take().map(Transcript::of).unwrap_or_default();
+        let errors = child.stderr.take().map(Transcript::of).unwrap_or_default();
         let input = child.stdin.take();
         Self { child, output, errors, input }
     }
@@ -117,6 +121,23 @@ impl Ended {
         assert_eq!(self.status.code(), Some(code), "output:\n{}\nerrors:\n{}", self.output, self.errors);
         self
     }
+}
+
+/// The bare-metal guests of `resources/guest`, built once.
+pub fn guests() -> &'static Path {
+    static DIR: OnceLock<PathBuf> = OnceLock::new();
+    DIR.get_or_init(|| {
+        let dir = Path::new(env!("CARGO_TARGET_TMPDIR")).join("guests");
+        let build = Path::new(env!("CARGO_MANIFEST_DIR")).join("resources/guest/build");
+        let built = Command::new(build).arg(&dir).output().unwrap();
+        assert!(built.status.success(), "the guests do not build:\n{}", String::from_utf8_lossy(&built.stderr));
+        dir
+    })
+}
+
+/// Says, past the test harness's capture, that this machine leaves something untested.
+pub fn not_tested(what: &str) {
+    let _ = std::io::stderr().write_all(format!("\n*** NOT TESTED: {what}\n").as_bytes());
 }
 
 /// A file with `content`, filled with zeroes up to a multiple of 512 bytes.

@@ -1,0 +1,15 @@
+//! The command line's answers to what is wrong: an exit code for each mistake, three lines at most, nothing left.
+
+#[path = "../support/mod.rs"]
+mod support;
+
+mod boot_files;
+mod disks;
+mod full_disk;
+mod help;
+mod kvm;
+mod mistake;
+mod nobody;
+mod serial;
+mod taps;
+mod usage;

@@ -1,0 +1,20 @@
+//! What a VM costs beside what its guest uses.
+
+use crate::guest::{guest, started};
+
+/// A number of KiB from `/proc/PID/status`.
+fn status(pid: u32, key: &str) -> u64 {
+    let status = std::fs::read_to_string(format!("/proc/{pid}/status")).unwrap();
+    let line = status.lines().find(|line| line.starts_with(key)).unwrap_or_else(|| panic!("no {key} in {status}"));
+    line.split_whitespace().nth(1).unwrap().parse().unwrap()
+}
+
+#[test]
+fn unused_memory_costs_nothing() {
+    let resident = |memory| {
+        let running = started(guest("hello", "end=halt").args(["--memory", memory]), "\nend\n");
+        status(running.child.id(), "VmRSS:")
+    };
+    let (small, large) = (resident("128M"), resident("64G"));
+    assert!(large < small + 1024, "128M takes {small} KiB, 64G {large} KiB");
+}
