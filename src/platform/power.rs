@@ -21,8 +21,17 @@ pub const POWER_PORTS: u64 = 3;
 ///
 /// Linux on hardware-reduced ACPI prefers EFI's reset; without EFI it goes on to the firmware's entry point, not
 /// to the ACPI reset register. So that is where the way to the register has to be.
-const RESET_STUB: [u8; 9] =
-    [0xba, layout::RESET_PORT as u8, (layout::RESET_PORT >> 8) as u8, 0xb0, layout::RESET_VALUE, 0xee, 0xf4, 0xeb, 0xfd];
+const RESET_STUB: [u8; 9] = [
+    0xba,
+    layout::RESET_PORT as u8,
+    (layout::RESET_PORT >> 8) as u8,
+    0xb0,
+    layout::RESET_VALUE,
+    0xee,
+    0xf4,
+    0xeb,
+    0xfd,
+];
 
 /// Puts the reset stub where a guest that wants the firmware's entry point jumps to.
 ///

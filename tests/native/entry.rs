@@ -75,7 +75,7 @@ fn the_memory_map_goes_around_the_gap() {
         let output = output_of(guest(name, "x").args(["--memory", "5G"]));
         let expected = [
             (0, 0x9_fc00, 1),
-            (0xe_0000, 0x2_0000, 3),
+            (0xe_0000, 0x2_0000, 2),
             (0x10_0000, 0xbff0_0000, 1),
             (0xe000_0000, 0x10_0000, 2),
             (0x1_0000_0000, 0x8000_0000, 1),
