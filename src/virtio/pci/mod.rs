@@ -27,6 +27,7 @@ use self::msix::{MsixTable, Signals};
 use super::core::{SharedRegisters, VirtioCore};
 use super::device::{DeviceKind, VirtioDevice};
 use crate::memory::Ram;
+use crate::observe::guest_warning;
 
 /// Size and alignment of BAR 0.
 pub const BAR_SIZE: u64 = 0x8000;
@@ -123,7 +124,7 @@ impl VirtioPci {
                 && let Err(error) = self.host.attach_doorbell(new + offset, &queue.kick)
             {
                 // Notifications then come as exits: slower, but they come.
-                tracing::warn!("{}: no doorbell for queue {index}: {error}", self.core.device().name());
+                guest_warning!("{}: no doorbell for queue {index}: {error}", self.core.device().name());
             }
         }
         self.doorbells = bar;
@@ -164,6 +165,11 @@ impl Drop for VirtioPci {
         self.map_doorbells(None);
     }
 }
+
+#[cfg(test)]
+pub(crate) mod testing;
+#[cfg(test)]
+mod tests;
 
 /// Capability types of virtio (virtio 1.2, 4.1.4).
 const CAP_COMMON: u8 = 1;

@@ -8,7 +8,7 @@ use std::io;
 use std::sync::Arc;
 use std::sync::atomic::{AtomicU8, AtomicU16, Ordering};
 
-use vmm_sys_util::eventfd::{EFD_NONBLOCK, EventFd};
+use vmm_sys_util::eventfd::{EFD_CLOEXEC, EFD_NONBLOCK, EventFd};
 
 use super::PciHost;
 use crate::virtio::core::SharedRegisters;
@@ -47,7 +47,7 @@ impl Signals {
     pub fn new(vectors: usize, queues: usize, shared: Arc<SharedRegisters>, name: &str) -> io::Result<Self> {
         Ok(Self {
             name: name.to_owned(),
-            vectors: (0..vectors).map(|_| EventFd::new(EFD_NONBLOCK)).collect::<io::Result<_>>()?,
+            vectors: (0..vectors).map(|_| EventFd::new(EFD_NONBLOCK | EFD_CLOEXEC)).collect::<io::Result<_>>()?,
             queue_vectors: (0..queues).map(|_| AtomicU16::new(NO_VECTOR)).collect(),
             config_vector: AtomicU16::new(NO_VECTOR),
             isr: AtomicU8::new(0),
