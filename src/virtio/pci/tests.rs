@@ -84,7 +84,7 @@ impl Driver {
         self.set_status(ACKNOWLEDGE | DRIVER | FEATURES_OK | DRIVER_OK)
     }
 
-    fn config_read(&self, offset: u16) -> u32 {
+    fn config_read(&mut self, offset: u16) -> u32 {
         let mut data = [0; 4];
         self.function.config_read(offset, &mut data);
         u32::from_le_bytes(data)
@@ -97,7 +97,7 @@ impl Driver {
     }
 
     /// Each capability's ID and where it is.
-    fn capabilities(&self) -> Vec<(u8, u16)> {
+    fn capabilities(&mut self) -> Vec<(u8, u16)> {
         let mut found = Vec::new();
         let mut at = self.config_read(0x34) as u16 & 0xff;
         while at != 0 {
@@ -126,7 +126,7 @@ const MSIX_ALL_MASKED: u16 = 1 << 14;
 
 #[test]
 fn the_capabilities_name_structures_within_the_bar() {
-    let driver = Driver::new();
+    let mut driver = Driver::new();
     let mut kinds = Vec::new();
     for (id, at) in driver.capabilities() {
         if id == config_space::VENDOR_SPECIFIC {
@@ -142,7 +142,36 @@ fn the_capabilities_name_structures_within_the_bar() {
         }
     }
     kinds.sort_unstable();
-    assert_eq!(kinds, [CAP_COMMON, CAP_NOTIFY, CAP_ISR, CAP_DEVICE]);
+    assert_eq!(kinds, [CAP_COMMON, CAP_NOTIFY, CAP_ISR, CAP_DEVICE, CAP_WINDOW]);
+}
+
+#[test]
+fn the_window_reaches_the_bar_and_nothing_else() {
+    let mut driver = Driver::new();
+    let capabilities = driver.capabilities();
+    let at = capabilities.into_iter().map(|(_, at)| at).find(|&at| driver.config_read(at) >> 24 == 5).unwrap();
+    let aim = |driver: &mut Driver, bar: u8, offset: u32, length: u32| {
+        driver.function.config_write(at + 4, &[bar]);
+        driver.function.config_write(at + 8, &offset.to_le_bytes());
+        driver.function.config_write(at + 12, &length.to_le_bytes());
+    };
+    let data = at + 16;
+    aim(&mut driver, 0, STATUS as u32, 1);
+    driver.function.config_write(data, &[ACKNOWLEDGE]);
+    assert_eq!(driver.status(), ACKNOWLEDGE);
+    driver.set_status(ACKNOWLEDGE | DRIVER);
+    assert_eq!(driver.config_read(data) as u8, ACKNOWLEDGE | DRIVER);
+    aim(&mut driver, 0, 0x2000, 4);
+    assert_eq!(driver.config_read(data).to_le_bytes(), *b"conf");
+
+    for (bar, offset, length) in
+        [(1, 0x14, 1), (0, 0x14, 0), (0, 0x14, 3), (0, 0x14, 8), (0, 0x15, 2), (0, BAR_SIZE as u32, 1), (0, !3, 4)]
+    {
+        aim(&mut driver, bar, offset, length);
+        driver.function.config_write(data, &[0; 4]);
+        assert_eq!(driver.config_read(data), 0, "BAR {bar}, {length} at {offset:#x}");
+        assert_eq!(driver.status(), ACKNOWLEDGE | DRIVER);
+    }
 }
 
 #[test]
