@@ -87,10 +87,14 @@ impl Signals {
     }
 
     fn raise(&self, queue: Option<u16>, isr: u8) {
-        match self.vectors.get(usize::from(self.vector(queue))) {
+        let vector = self.vectors.get(usize::from(self.vector(queue)));
+        // A change of the configuration is told both ways (virtio 1.2, 4.1.4.5.1).
+        if vector.is_none() || isr == ISR_CONFIG {
+            self.isr.fetch_or(isr, Ordering::AcqRel);
+        }
+        if let Some(fd) = vector {
             // It fails only when the counter is full, and then the interrupt is long pending.
-            Some(fd) => drop(fd.write(1)),
-            None => drop(self.isr.fetch_or(isr, Ordering::AcqRel)),
+            let _ = fd.write(1);
         }
     }
 }

@@ -258,6 +258,7 @@ fn a_queue_that_cannot_be_needs_a_reset() {
         driver.enable(0, at);
         assert_ne!(driver.run() & NEEDS_RESET, 0, "{size} at {at:#x}");
         assert_eq!(driver.host.sent(2), 1, "the driver is told by the configuration's vector");
+        assert_eq!(driver.read::<1>(0x1000), 2, "and by the ISR");
         assert_eq!(driver.set_status(0), 0);
         driver.negotiate(feature::VERSION_1);
         driver.enable(0, 0x1000);
