@@ -12,6 +12,9 @@ use crate::backend::HostFiles;
 use crate::config::SerialConfig;
 use crate::platform::serial::{Enqueued, SerialPort};
 
+/// How many keys a user may be ahead of the guest; more are lost.
+const MAX_TYPED: usize = 4096;
+
 /// Where keys come from, and those the guest has not taken yet.
 pub struct Console {
     source: Source,
@@ -19,6 +22,9 @@ pub struct Console {
     pending: Vec<u8>,
     /// The guest was writing when we had keys for it: try again in a moment.
     busy: bool,
+    /// The input has ended. Its descriptor stays open until whoever waits on it has let go of it: epoll watches
+    /// what is behind a descriptor, which is open elsewhere too, and could not be told any more.
+    ended: bool,
     /// Counts clients: a new one may have the descriptor number of the one before.
     generation: u32,
     // Restores the terminal when the console goes.
@@ -55,13 +61,20 @@ impl Console {
                 Source::Socket { listener, client: None, path: path.clone() }
             }
         };
-        let escape = EscapeFilter::default();
-        Ok(Self { source, escape, pending: Vec::new(), busy: false, generation: 0, _terminal: raw })
+        Ok(Self::of(source, raw))
     }
 
-    /// What to wait on for more input; nothing while the guest has not taken what there is.
+    fn of(source: Source, terminal: Option<RawTerminal>) -> Self {
+        let escape = EscapeFilter::default();
+        Self { source, escape, pending: Vec::new(), busy: false, ended: false, generation: 0, _terminal: terminal }
+    }
+
+    /// What to wait on for more input; nothing while the guest has not taken what there is. A terminal is always
+    /// listened to: its user may want to quit a guest that takes nothing.
     pub fn input(&self) -> Option<Input> {
         let fd = match &self.source {
+            _ if self.ended => None,
+            Source::Stdin { file, terminal: true } => Some(file.as_raw_fd()),
             _ if !self.pending.is_empty() => None,
             Source::Nothing => None,
             Source::Stdin { file, .. } => Some(file.as_raw_fd()),
@@ -99,14 +112,13 @@ impl Console {
         };
         if count == 0 {
             // The end of the input is not the end of the VM.
-            match &mut self.source {
-                Source::Socket { client, .. } => *client = None,
-                source => *source = Source::Nothing,
-            }
+            self.ended = true;
             return None;
         }
         let action = if terminal {
-            self.escape.feed(&keys[..count], &mut self.pending)
+            let action = self.escape.feed(&keys[..count], &mut self.pending);
+            self.pending.truncate(MAX_TYPED);
+            action
         } else {
             self.pending.extend_from_slice(&keys[..count]);
             None
@@ -142,6 +154,7 @@ impl Console {
         {
             *client = Some(File::from(std::os::fd::OwnedFd::from(input)));
             self.pending.clear();
+            self.ended = false;
             self.generation = self.generation.wrapping_add(1);
             serial.connect(stream);
         }
@@ -153,5 +166,57 @@ impl Drop for Console {
         if let Source::Socket { path, .. } = &self.source {
             let _ = std::fs::remove_file(path);
         }
+    }
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+    use crate::observe::Timeline;
+    use crate::platform::serial::SerialOutput;
+    use std::os::unix::net::UnixStream;
+    use std::sync::Arc;
+    use std::time::Instant;
+    use vmm_sys_util::epoll::{ControlOperation, Epoll, EpollEvent, EventSet};
+    use vmm_sys_util::eventfd::{EFD_NONBLOCK, EventFd};
+
+    fn serial() -> SerialPort {
+        let timeline = Arc::new(Timeline::from(Instant::now()));
+        SerialPort::new(EventFd::new(EFD_NONBLOCK).unwrap(), SerialOutput::Null, timeline).unwrap()
+    }
+
+    fn stdin(stream: &UnixStream, terminal: bool) -> Console {
+        let file = File::from(std::os::fd::OwnedFd::from(stream.try_clone().unwrap()));
+        Console::of(Source::Stdin { file, terminal }, None)
+    }
+
+    /// Standard input is open a second time, so that a watch does not go with our descriptor.
+    #[test]
+    fn an_input_that_has_ended_can_be_let_go_of() {
+        let (ours, theirs) = UnixStream::pair().unwrap();
+        let (serial, mut console) = (serial(), stdin(&ours, false));
+        let epoll = Epoll::new().unwrap();
+        let input = console.input().unwrap();
+        epoll.ctl(ControlOperation::Add, input.fd, EpollEvent::new(EventSet::IN, 0)).unwrap();
+        drop(theirs);
+        assert_eq!(epoll.wait(0, &mut [EpollEvent::default()]).unwrap(), 1);
+        assert_eq!(console.read_input(&serial), None);
+        assert_eq!(console.input(), None);
+        epoll.ctl(ControlOperation::Delete, input.fd, EpollEvent::default()).unwrap();
+        assert_eq!(epoll.wait(0, &mut [EpollEvent::default()]).unwrap(), 0, "no busy loop");
+    }
+
+    #[test]
+    fn a_user_can_quit_a_guest_that_takes_no_keys() {
+        let (ours, mut theirs) = UnixStream::pair().unwrap();
+        let (serial, mut console) = (serial(), stdin(&ours, true));
+        for _ in 0..10 {
+            theirs.write_all(&[b'x'; 1000]).unwrap();
+            assert!(console.input().is_some());
+            assert_eq!(console.read_input(&serial), None);
+        }
+        assert_eq!(console.pending.len(), MAX_TYPED);
+        theirs.write_all(b"\x01x").unwrap();
+        assert_eq!(console.read_input(&serial), Some(Action::Quit));
     }
 }

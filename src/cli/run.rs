@@ -235,7 +235,7 @@ impl InputWatch {
             return Ok(false);
         }
         if let Some(old) = self.watched.take() {
-            // A closed descriptor has left by itself.
+            // It fails for a client that another one has replaced: closed everywhere, it has left by itself.
             let _ = epoll.ctl(ControlOperation::Delete, old.fd, EpollEvent::default());
         }
         let Some(new) = wanted else { return Ok(false) };

@@ -19,6 +19,9 @@ const LEAF1_ECX_HYPERVISOR: u32 = 1 << 31;
 const LEAF1_EDX_HTT: u32 = 1 << 28;
 const EXT1_ECX_CMP_LEGACY: u32 = 1 << 1;
 
+/// How the vendor's name starts.
+const AMD_LIKE: [[u8; 4]; 2] = [*b"Auth", *b"Hygo"];
+
 impl HostCpuid {
     pub fn new(kvm: &Kvm) -> Result<Self, CpuError> {
         let cpuid = kvm.get_supported_cpuid(KVM_MAX_CPUID_ENTRIES).map_err(CpuError::at("read the supported CPUID"))?;
@@ -44,6 +47,8 @@ impl HostCpuid {
         let topology_leaves = [0xb, 0x1f];
         let mut entries: Vec<_> =
             self.entries.iter().filter(|e| !topology_leaves.contains(&e.function)).copied().collect();
+        // Intel reserves what AMD keeps here, and Linux takes it at its word.
+        let amd = entries.iter().any(|e| e.function == 0 && AMD_LIKE.contains(&e.ebx.to_le_bytes()));
         for entry in &mut entries {
             match entry.function {
                 0x1 => {
@@ -61,8 +66,8 @@ impl HostCpuid {
                         entry.eax |= ((1 << id_bits) - 1) << 26;
                     }
                 }
-                0x8000_0001 => set(&mut entry.ecx, EXT1_ECX_CMP_LEGACY, count > 1),
-                0x8000_0008 => entry.ecx = entry.ecx & !0xf0ff | id_bits << 12 | (cpus - 1),
+                0x8000_0001 if amd => set(&mut entry.ecx, EXT1_ECX_CMP_LEGACY, count > 1),
+                0x8000_0008 if amd => entry.ecx = entry.ecx & !0xf0ff | id_bits << 12 | (cpus - 1),
                 0x8000_001d => {
                     let sharing = if entry.eax >> 5 & 7 >= 3 { cpus - 1 } else { 0 };
                     entry.eax = entry.eax & 0x3fff | sharing << 14;
@@ -121,7 +126,8 @@ mod tests {
         cache[0].eax = 0xffff_c001 | 1 << 5;
         cache[1].eax = 0xffff_c003 | 3 << 5;
         cache[2].eax = 0;
-        let mut entries = vec![leaf(1, 0), leaf(0xb, 0), leaf(0xb, 1), leaf(0x1f, 0), leaf(0x20, 0)];
+        let vendor = kvm_cpuid_entry2 { ebx: u32::from_le_bytes(*b"Auth"), ..leaf(0, 0) };
+        let mut entries = vec![vendor, leaf(1, 0), leaf(0xb, 0), leaf(0xb, 1), leaf(0x1f, 0), leaf(0x20, 0)];
         entries.extend(cache);
         entries.extend([leaf(0x8000_0001, 0), leaf(0x8000_0008, 0), leaf(0x8000_001e, 0)]);
         HostCpuid { entries, tsc_deadline: true }
@@ -155,6 +161,16 @@ mod tests {
                 assert_eq!(find(&entries, 0x8000_001e, 0).eax, u32::from(id));
             }
         }
+    }
+
+    #[test]
+    fn what_intel_reserves_stays_as_it_is() {
+        let mut host = host();
+        host.entries[0].ebx = u32::from_le_bytes(*b"Genu");
+        host.entries.iter_mut().filter(|e| e.function >= 0x8000_0000).for_each(|e| e.ecx = 0);
+        let entries = host.shape(1, 4);
+        assert_eq!(find(&entries, 0x8000_0001, 0).ecx, 0);
+        assert_eq!(find(&entries, 0x8000_0008, 0).ecx, 0);
     }
 
     #[test]

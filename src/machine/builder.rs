@@ -232,7 +232,7 @@ fn attach_pci(
     }
     devices.push(Box::new(Rng::new("rng0".into()).map_err(MachineError::host("make the entropy device"))?));
 
-    let mut root = PciRoot::new(board.mmio.clone());
+    let mut root = PciRoot::new(&board.mmio);
     for (slot, device) in (1..).zip(devices) {
         let function = VirtioPci::new(device, ram.clone(), interrupts.clone(), PciRoot::initial_bar(slot));
         root.insert(slot, function.map_err(MachineError::host("make a PCI function"))?);

@@ -12,7 +12,7 @@ use kvm_bindings::{
     kvm_irq_routing_msi,
 };
 use kvm_ioctls::{IoEventAddress, NoDatamatch, VmFd};
-use vmm_sys_util::eventfd::{EFD_NONBLOCK, EventFd};
+use vmm_sys_util::eventfd::{EFD_CLOEXEC, EFD_NONBLOCK, EventFd};
 
 use super::layout::IOAPIC_PINS;
 use crate::virtio::pci::{MsiMessage, PciHost};
@@ -37,7 +37,7 @@ impl Interrupts {
     /// # Errors
     /// When the host is out of descriptors or KVM refuses.
     pub fn line(&self, gsi: u32) -> io::Result<EventFd> {
-        let fd = EventFd::new(EFD_NONBLOCK)?;
+        let fd = EventFd::new(EFD_NONBLOCK | EFD_CLOEXEC)?;
         self.vm.register_irqfd(&fd, gsi)?;
         Ok(fd)
     }

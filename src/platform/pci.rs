@@ -1,6 +1,6 @@
 //! The PCI root: one bus, its configuration space over ports (0xcf8) and memory (ECAM), and where BARs answer.
 
-use std::sync::{Arc, Mutex, MutexGuard, PoisonError};
+use std::sync::{Arc, Mutex, MutexGuard, PoisonError, Weak};
 
 use super::bus::{Bus, BusDevice};
 use super::layout;
@@ -23,7 +23,8 @@ struct Slot {
 
 pub struct PciRoot {
     slots: [Option<Slot>; SLOTS],
-    mmio: Arc<Bus>,
+    /// Weak, as this root is on that bus itself: each would keep the other alive, and all devices with them.
+    mmio: Weak<Bus>,
     /// What was written to 0xcf8.
     address: u32,
 }
@@ -31,8 +32,8 @@ pub struct PciRoot {
 impl PciRoot {
     /// `mmio` is where BARs appear.
     #[must_use]
-    pub fn new(mmio: Arc<Bus>) -> Self {
-        Self { slots: [const { None }; SLOTS], mmio, address: 0 }
+    pub fn new(mmio: &Arc<Bus>) -> Self {
+        Self { slots: [const { None }; SLOTS], mmio: Arc::downgrade(mmio), address: 0 }
     }
 
     /// The address a function in `slot` finds its BAR at; the guest may move it.
@@ -68,11 +69,12 @@ impl PciRoot {
         if wanted == slot.mapped {
             return;
         }
+        let Some(mmio) = self.mmio.upgrade() else { return };
         if let Some(old) = slot.mapped.take() {
-            self.mmio.remove(old);
+            mmio.remove(old);
         }
         if let Some(new) = wanted {
-            if self.mmio.insert(new, BAR_SIZE, slot.function.clone()) {
+            if mmio.insert(new, BAR_SIZE, slot.function.clone()) {
                 slot.mapped = wanted;
             } else {
                 crate::observe::guest_warning!("a BAR at {new:#x} would cover another device: it stays unmapped");
@@ -153,3 +155,6 @@ impl BusDevice for Ecam {
 fn lock<T>(mutex: &Mutex<T>) -> MutexGuard<'_, T> {
     mutex.lock().unwrap_or_else(PoisonError::into_inner)
 }
+
+#[cfg(test)]
+mod tests;

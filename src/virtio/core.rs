@@ -11,7 +11,7 @@ use std::io;
 use std::sync::Arc;
 use std::sync::atomic::{AtomicU8, Ordering};
 
-use vmm_sys_util::eventfd::{EFD_NONBLOCK, EventFd};
+use vmm_sys_util::eventfd::{EFD_CLOEXEC, EFD_NONBLOCK, EventFd};
 
 use super::device::{DeviceEvents, QueueLayout, QueueResources, VirtioDevice};
 use super::feature;
@@ -79,7 +79,7 @@ impl VirtioCore {
     ) -> io::Result<Self> {
         let queue = |&max_size: &u16| {
             let layout = QueueLayout { size: max_size, ..Default::default() };
-            let kick = EventFd::new(EFD_NONBLOCK)?;
+            let kick = EventFd::new(EFD_NONBLOCK | EFD_CLOEXEC)?;
             Ok(QueueRegisters { layout, enabled: false, max_size, running: false, kick })
         };
         let queues = device.queue_sizes().iter().map(queue).collect::<io::Result<_>>()?;

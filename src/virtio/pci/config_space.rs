@@ -90,6 +90,11 @@ impl ConfigSpace {
         self.msix = Some(at);
     }
 
+    /// Lets the guest write every bit of `at..at + len`.
+    pub fn make_writable(&mut self, at: usize, len: usize) {
+        self.writable[at..at + len].fill(0xff);
+    }
+
     /// The MSI-X message control register.
     pub fn msix_control(&self) -> Option<u16> {
         self.msix.map(|at| u16::from_le_bytes([self.bytes[at + 2], self.bytes[at + 3]]))

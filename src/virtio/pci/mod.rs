@@ -14,6 +14,7 @@
 mod common;
 mod config_space;
 mod msix;
+mod window;
 
 use std::io;
 use std::sync::Arc;
@@ -24,9 +25,11 @@ use self::common::CommonRegisters;
 use self::config_space::{ConfigSpace, Identity};
 pub use self::msix::MsiMessage;
 use self::msix::{MsixTable, Signals};
+use self::window::Window;
 use super::core::{SharedRegisters, VirtioCore};
 use super::device::{DeviceKind, VirtioDevice};
 use crate::memory::Ram;
+use crate::observe::guest_warning;
 
 /// Size and alignment of BAR 0.
 pub const BAR_SIZE: u64 = 0x8000;
@@ -57,6 +60,7 @@ pub type BarAddress = Option<u64>;
 /// A virtio device as a PCI function.
 pub struct VirtioPci {
     config: ConfigSpace,
+    window: Window,
     core: VirtioCore,
     common: CommonRegisters,
     signals: Arc<Signals>,
@@ -89,16 +93,28 @@ impl VirtioPci {
         let mut config = ConfigSpace::new(identity);
         config.set_bar0(bar, BAR_SIZE);
         add_capabilities(&mut config, vectors as u16);
-        Ok(Self { config, core, common: CommonRegisters::new(queues), signals, msix, host, doorbells: None })
+        let window = Window::add_to(&mut config);
+        Ok(Self { config, window, core, common: CommonRegisters::new(queues), signals, msix, host, doorbells: None })
     }
 
-    pub fn config_read(&self, offset: u16, data: &mut [u8]) {
+    /// Reads the configuration space; through the window in it, what is in the BAR.
+    pub fn config_read(&mut self, offset: u16, data: &mut [u8]) {
+        if let Some((at, len)) = self.window.target(&self.config, offset, data.len()) {
+            let mut value = [0; window::DATA_LEN];
+            self.bar_read(at, &mut value[..len]);
+            self.config.write(self.window.data_at(), &value);
+        }
         self.config.read(offset, data);
     }
 
     /// Writes the configuration space; the caller looks at [`Self::bar_address`] afterwards.
     pub fn config_write(&mut self, offset: u16, data: &[u8]) {
         self.config.write(offset, data);
+        if let Some((at, len)) = self.window.target(&self.config, offset, data.len()) {
+            let mut value = [0; window::DATA_LEN];
+            self.config.read(self.window.data_at(), &mut value);
+            self.bar_write(at, &value[..len]);
+        }
         if let Some(control) = self.config.msix_control() {
             self.msix.set_control(control);
         }
@@ -123,7 +139,7 @@ impl VirtioPci {
                 && let Err(error) = self.host.attach_doorbell(new + offset, &queue.kick)
             {
                 // Notifications then come as exits: slower, but they come.
-                tracing::warn!("{}: no doorbell for queue {index}: {error}", self.core.device().name());
+                guest_warning!("{}: no doorbell for queue {index}: {error}", self.core.device().name());
             }
         }
         self.doorbells = bar;
@@ -165,26 +181,32 @@ impl Drop for VirtioPci {
     }
 }
 
+#[cfg(test)]
+pub(crate) mod testing;
+#[cfg(test)]
+mod tests;
+
 /// Capability types of virtio (virtio 1.2, 4.1.4).
 const CAP_COMMON: u8 = 1;
 const CAP_NOTIFY: u8 = 2;
 const CAP_ISR: u8 = 3;
 const CAP_DEVICE: u8 = 4;
+const CAP_WINDOW: u8 = 5;
 
 fn add_capabilities(config: &mut ConfigSpace, vectors: u16) {
     for (kind, region) in [(CAP_COMMON, COMMON), (CAP_ISR, ISR), (CAP_DEVICE, DEVICE)] {
-        config.add_capability(config_space::VENDOR_SPECIFIC, &virtio_capability(kind, region, &[]));
+        config.add_capability(config_space::VENDOR_SPECIFIC, &virtio_capability(kind, region * REGION, REGION, &[]));
     }
-    let notify = virtio_capability(CAP_NOTIFY, NOTIFY, &NOTIFY_MULTIPLIER.to_le_bytes());
+    let notify = virtio_capability(CAP_NOTIFY, NOTIFY * REGION, REGION, &NOTIFY_MULTIPLIER.to_le_bytes());
     config.add_capability(config_space::VENDOR_SPECIFIC, &notify);
     config.add_msix(vectors, MSIX_TABLE as u32, MSIX_PBA as u32);
 }
 
 /// `struct virtio_pci_cap` without its first two bytes: length, type, BAR, id, padding, offset, length.
-fn virtio_capability(kind: u8, region: u64, extra: &[u8]) -> Vec<u8> {
+fn virtio_capability(kind: u8, offset: u64, length: u64, extra: &[u8]) -> Vec<u8> {
     let mut bytes = vec![16 + extra.len() as u8, kind, 0, 0, 0, 0];
-    bytes.extend_from_slice(&((region * REGION) as u32).to_le_bytes());
-    bytes.extend_from_slice(&(REGION as u32).to_le_bytes());
+    bytes.extend_from_slice(&(offset as u32).to_le_bytes());
+    bytes.extend_from_slice(&(length as u32).to_le_bytes());
     bytes.extend_from_slice(extra);
     bytes
 }

@@ -8,7 +8,7 @@ use std::io;
 use std::sync::Arc;
 use std::sync::atomic::{AtomicU8, AtomicU16, Ordering};
 
-use vmm_sys_util::eventfd::{EFD_NONBLOCK, EventFd};
+use vmm_sys_util::eventfd::{EFD_CLOEXEC, EFD_NONBLOCK, EventFd};
 
 use super::PciHost;
 use crate::virtio::core::SharedRegisters;
@@ -47,7 +47,7 @@ impl Signals {
     pub fn new(vectors: usize, queues: usize, shared: Arc<SharedRegisters>, name: &str) -> io::Result<Self> {
         Ok(Self {
             name: name.to_owned(),
-            vectors: (0..vectors).map(|_| EventFd::new(EFD_NONBLOCK)).collect::<io::Result<_>>()?,
+            vectors: (0..vectors).map(|_| EventFd::new(EFD_NONBLOCK | EFD_CLOEXEC)).collect::<io::Result<_>>()?,
             queue_vectors: (0..queues).map(|_| AtomicU16::new(NO_VECTOR)).collect(),
             config_vector: AtomicU16::new(NO_VECTOR),
             isr: AtomicU8::new(0),
@@ -87,10 +87,14 @@ impl Signals {
     }
 
     fn raise(&self, queue: Option<u16>, isr: u8) {
-        match self.vectors.get(usize::from(self.vector(queue))) {
+        let vector = self.vectors.get(usize::from(self.vector(queue)));
+        // A change of the configuration is told both ways (virtio 1.2, 4.1.4.5.1).
+        if vector.is_none() || isr == ISR_CONFIG {
+            self.isr.fetch_or(isr, Ordering::AcqRel);
+        }
+        if let Some(fd) = vector {
             // It fails only when the counter is full, and then the interrupt is long pending.
-            Some(fd) => drop(fd.write(1)),
-            None => drop(self.isr.fetch_or(isr, Ordering::AcqRel)),
+            let _ = fd.write(1);
         }
     }
 }

@@ -1,0 +1,132 @@
+use super::*;
+use crate::virtio::pci::testing::{FakeHost, function};
+use proptest::prelude::*;
+
+struct Pc {
+    mmio: Arc<Bus>,
+    ports: Bus,
+    hosts: Vec<Arc<FakeHost>>,
+}
+
+/// Functions in slots 1 and 2.
+fn pc() -> Pc {
+    let (mmio, ports) = (Arc::<Bus>::default(), Bus::default());
+    let mut root = PciRoot::new(&mmio);
+    let mut hosts = Vec::new();
+    for slot in 1..=2 {
+        let (function, host, _) = function(PciRoot::initial_bar(slot));
+        root.insert(slot, function);
+        hosts.push(host);
+    }
+    let root = Arc::new(Mutex::new(root));
+    assert!(ports.insert(CONFIG_PORTS.into(), CONFIG_PORTS_LEN, Arc::new(Mutex::new(ConfigPorts(root.clone())))));
+    assert!(mmio.insert(layout::ECAM, layout::ECAM_SIZE, Arc::new(Mutex::new(Ecam(root)))));
+    Pc { mmio, ports, hosts }
+}
+
+fn ecam(slot: u64, offset: u64) -> u64 {
+    layout::ECAM + (slot << 15) + offset
+}
+
+fn read32(bus: &Bus, addr: u64) -> u32 {
+    let mut data = [0; 4];
+    bus.read(addr, &mut data);
+    u32::from_le_bytes(data)
+}
+
+impl Pc {
+    fn config_read(&self, slot: u64, offset: u64) -> u32 {
+        read32(&self.mmio, ecam(slot, offset))
+    }
+
+    fn move_bar(&self, slot: u64, to: u64) {
+        self.mmio.write(ecam(slot, 0x04), &[0, 0]);
+        self.mmio.write(ecam(slot, 0x10), &(to as u32).to_le_bytes());
+        self.mmio.write(ecam(slot, 0x14), &((to >> 32) as u32).to_le_bytes());
+        self.mmio.write(ecam(slot, 0x04), &[2, 0]);
+    }
+
+    /// Does a function tell its number of queues at `bar`?
+    fn answers(&self, bar: u64) -> bool {
+        let mut data = [0; 2];
+        self.mmio.read(bar + 0x12, &mut data);
+        data == [2, 0]
+    }
+}
+
+#[test]
+fn both_ways_to_the_configuration_space_lead_to_the_same_functions() {
+    let pc = pc();
+    for slot in 0..32 {
+        for offset in [0, 4, 8, 0x34, 0xfc] {
+            pc.ports.write(0xcf8, &(1u32 << 31 | (slot as u32) << 11 | offset as u32).to_le_bytes());
+            assert_eq!(read32(&pc.ports, 0xcfc), pc.config_read(slot, offset), "slot {slot}, {offset:#x}");
+        }
+        assert_eq!(read32(&pc.mmio, ecam(slot, 0x1000)), u32::MAX, "one function a slot");
+        assert_eq!(pc.config_read(slot, 0) != u32::MAX, slot < 3);
+    }
+    // Another bus, another function, the enable bit off.
+    for address in [1u32 << 31 | 1 << 16 | 1 << 11, 1 << 31 | 1 << 11 | 1 << 8, 1 << 11] {
+        pc.ports.write(0xcf8, &address.to_le_bytes());
+        assert_eq!(read32(&pc.ports, 0xcf8), address);
+        assert_eq!(read32(&pc.ports, 0xcfc), u32::MAX);
+    }
+}
+
+#[test]
+fn a_bar_goes_where_nothing_else_is() {
+    let pc = pc();
+    let (first, second) = (PciRoot::initial_bar(1), 0x40_0000_0000);
+    assert!(!pc.answers(first), "memory is off");
+    pc.move_bar(1, first);
+    assert!(pc.answers(first));
+    pc.move_bar(2, second);
+    assert!(pc.answers(second));
+    assert_eq!(pc.hosts[1].doorbells(), [second + 0x3000, second + 0x3004]);
+
+    // Over another function, over the configuration space, and around the end of the address space.
+    for taken in [first, layout::ECAM, !0x7fff] {
+        pc.move_bar(2, taken);
+        assert!(pc.hosts[1].doorbells().is_empty(), "{taken:#x}");
+        assert!(pc.answers(first) && !pc.answers(second));
+    }
+    assert_eq!(pc.config_read(1, 0) >> 16, 0x1044, "the configuration space is where it was");
+    pc.move_bar(2, second);
+    assert!(pc.answers(second));
+}
+
+#[test]
+fn the_functions_go_with_their_bus() {
+    let Pc { mmio, ports, hosts } = pc();
+    let host = Arc::downgrade(&hosts[0]);
+    drop((mmio, ports, hosts));
+    assert!(host.upgrade().is_none(), "a function still holds its host");
+}
+
+proptest! {
+    #[test]
+    fn no_access_breaks_the_root(
+        accesses in prop::collection::vec(
+            (0u64..3, 0u64..4, prop_oneof![0u64..0x40, 0u64..0x1000], prop::sample::select(vec![1usize, 2, 4, 8]), any::<u64>()),
+            0..100,
+        ),
+    ) {
+        let pc = pc();
+        for (way, slot, offset, width, value) in accesses {
+            let data = &value.to_le_bytes()[..width];
+            let (bus, addr) = match way {
+                0 => (&pc.ports, 0xcf8 + offset % 8),
+                1 => (&*pc.mmio, ecam(slot, offset)),
+                _ => (&*pc.mmio, pc.hosts.iter().flat_map(|h| h.doorbells()).next().map_or(value, |bell| bell & !0x7fff | offset << 3)),
+            };
+            bus.write(addr, data);
+            bus.read(addr, &mut data.to_vec());
+            for (slot, host) in (1..).zip(&pc.hosts) {
+                let on = pc.config_read(slot, 4) & 2 != 0;
+                let bar = u64::from(pc.config_read(slot, 0x14)) << 32 | u64::from(pc.config_read(slot, 0x10) & !0xf);
+                let doorbells = host.doorbells();
+                prop_assert!(doorbells.is_empty() || on && doorbells == [bar + 0x3000, bar + 0x3004]);
+            }
+        }
+    }
+}

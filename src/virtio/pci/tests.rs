@@ -1,0 +1,387 @@
+//! The function as a driver meets it: through its configuration space and its BAR alone.
+
+use std::sync::{Arc, Mutex};
+
+use proptest::prelude::*;
+
+use super::testing::{FakeHost, OWN_FEATURE, QUEUES, Served, function};
+use super::*;
+use crate::virtio::core::status::{ACKNOWLEDGE, DRIVER, DRIVER_OK, FEATURES_OK, NEEDS_RESET};
+use crate::virtio::feature;
+
+const BAR: u64 = 0xd000_0000;
+
+struct Driver {
+    function: VirtioPci,
+    host: Arc<FakeHost>,
+    served: Arc<Mutex<Served>>,
+}
+
+/// Offsets of the common configuration.
+const STATUS: u64 = 0x14;
+const QUEUE_SELECT: u64 = 0x16;
+const QUEUE_SIZE: u64 = 0x18;
+const QUEUE_VECTOR: u64 = 0x1a;
+const QUEUE_ENABLE: u64 = 0x1c;
+const QUEUE_DESC: u64 = 0x20;
+
+impl Driver {
+    fn new() -> Self {
+        let (function, host, served) = function(BAR);
+        Self { function, host, served }
+    }
+
+    fn read<const N: usize>(&mut self, offset: u64) -> u64 {
+        let mut data = [0xff; N];
+        self.function.bar_read(offset, &mut data);
+        data.iter().rev().fold(0, |value, &byte| value << 8 | u64::from(byte))
+    }
+
+    fn write<const N: usize>(&mut self, offset: u64, value: u64) {
+        self.function.bar_write(offset, &value.to_le_bytes()[..N]);
+    }
+
+    fn status(&mut self) -> u8 {
+        self.read::<1>(STATUS) as u8
+    }
+
+    fn set_status(&mut self, status: u8) -> u8 {
+        self.write::<1>(STATUS, status.into());
+        self.status()
+    }
+
+    fn accept(&mut self, features: u64) {
+        for half in 0..2 {
+            self.write::<4>(0x08, half);
+            self.write::<4>(0x0c, features >> (32 * half) & 0xffff_ffff);
+        }
+    }
+
+    fn offered(&mut self) -> u64 {
+        (0..2).fold(0, |features, half| {
+            self.write::<4>(0x00, half);
+            features | self.read::<4>(0x04) << (32 * half)
+        })
+    }
+
+    /// Lays out a queue, 16 KiB from `at` on, and enables it.
+    fn enable(&mut self, queue: u64, at: u64) {
+        self.write::<2>(QUEUE_SELECT, queue);
+        for (index, offset) in [0, 0x1000, 0x2000].into_iter().enumerate() {
+            self.write::<8>(QUEUE_DESC + 8 * index as u64, at + offset);
+        }
+        self.write::<2>(QUEUE_ENABLE, 1);
+    }
+
+    fn negotiate(&mut self, features: u64) {
+        self.set_status(ACKNOWLEDGE);
+        self.set_status(ACKNOWLEDGE | DRIVER);
+        self.accept(features);
+        self.set_status(ACKNOWLEDGE | DRIVER | FEATURES_OK);
+    }
+
+    fn run(&mut self) -> u8 {
+        self.set_status(ACKNOWLEDGE | DRIVER | FEATURES_OK | DRIVER_OK)
+    }
+
+    fn config_read(&mut self, offset: u16) -> u32 {
+        let mut data = [0; 4];
+        self.function.config_read(offset, &mut data);
+        u32::from_le_bytes(data)
+    }
+
+    /// The message control register; it is the upper half of the capability's first word.
+    fn set_msix_control(&mut self, control: u16) {
+        let at = self.capabilities().into_iter().find(|&(id, _)| id == 0x11).unwrap().1;
+        self.function.config_write(at + 2, &control.to_le_bytes());
+    }
+
+    /// Each capability's ID and where it is.
+    fn capabilities(&mut self) -> Vec<(u8, u16)> {
+        let mut found = Vec::new();
+        let mut at = self.config_read(0x34) as u16 & 0xff;
+        while at != 0 {
+            let word = self.config_read(at);
+            found.push((word as u8, at));
+            at = (word >> 8) as u16 & 0xff;
+        }
+        found
+    }
+
+    fn set_entry(&mut self, vector: u64, message: MsiMessage, masked: bool) {
+        let at = MSIX_TABLE + 16 * vector;
+        self.write::<8>(at, message.address);
+        self.write::<4>(at + 8, message.data.into());
+        self.write::<4>(at + 12, masked.into());
+    }
+
+    fn events(&self) -> Arc<dyn crate::virtio::DeviceEvents> {
+        self.served.lock().unwrap().events.clone().unwrap()
+    }
+}
+
+const MESSAGE: MsiMessage = MsiMessage { address: 0xfee0_1000, data: 0x41 };
+const MSIX_ON: u16 = 1 << 15;
+const MSIX_ALL_MASKED: u16 = 1 << 14;
+
+#[test]
+fn the_capabilities_name_structures_within_the_bar() {
+    let mut driver = Driver::new();
+    let mut kinds = Vec::new();
+    for (id, at) in driver.capabilities() {
+        if id == config_space::VENDOR_SPECIFIC {
+            let kind = (driver.config_read(at) >> 24) as u8;
+            let (bar, offset, length) =
+                (driver.config_read(at + 4) & 0xff, driver.config_read(at + 8), driver.config_read(at + 12));
+            assert_eq!(bar, 0);
+            assert!(u64::from(offset) + u64::from(length) <= BAR_SIZE);
+            kinds.push(kind);
+        } else {
+            assert_eq!(id, 0x11);
+            assert_eq!(driver.config_read(at) >> 16, QUEUES.len() as u32, "a vector more than queues, less one");
+        }
+    }
+    kinds.sort_unstable();
+    assert_eq!(kinds, [CAP_COMMON, CAP_NOTIFY, CAP_ISR, CAP_DEVICE, CAP_WINDOW]);
+}
+
+#[test]
+fn the_window_reaches_the_bar_and_nothing_else() {
+    let mut driver = Driver::new();
+    let capabilities = driver.capabilities();
+    let at = capabilities.into_iter().map(|(_, at)| at).find(|&at| driver.config_read(at) >> 24 == 5).unwrap();
+    let aim = |driver: &mut Driver, bar: u8, offset: u32, length: u32| {
+        driver.function.config_write(at + 4, &[bar]);
+        driver.function.config_write(at + 8, &offset.to_le_bytes());
+        driver.function.config_write(at + 12, &length.to_le_bytes());
+    };
+    let data = at + 16;
+    aim(&mut driver, 0, STATUS as u32, 1);
+    driver.function.config_write(data, &[ACKNOWLEDGE]);
+    assert_eq!(driver.status(), ACKNOWLEDGE);
+    driver.set_status(ACKNOWLEDGE | DRIVER);
+    assert_eq!(driver.config_read(data) as u8, ACKNOWLEDGE | DRIVER);
+    aim(&mut driver, 0, 0x2000, 4);
+    assert_eq!(driver.config_read(data).to_le_bytes(), *b"conf");
+
+    for (bar, offset, length) in
+        [(1, 0x14, 1), (0, 0x14, 0), (0, 0x14, 3), (0, 0x14, 8), (0, 0x15, 2), (0, BAR_SIZE as u32, 1), (0, !3, 4)]
+    {
+        aim(&mut driver, bar, offset, length);
+        driver.function.config_write(data, &[0; 4]);
+        assert_eq!(driver.config_read(data), 0, "BAR {bar}, {length} at {offset:#x}");
+        assert_eq!(driver.status(), ACKNOWLEDGE | DRIVER);
+    }
+}
+
+#[test]
+fn features_are_what_both_sides_know() {
+    let mut driver = Driver::new();
+    let offered = driver.offered();
+    assert_eq!(offered, feature::RING | OWN_FEATURE);
+    driver.write::<4>(0x00, 2);
+    assert_eq!(driver.read::<4>(0x04), 0, "there are 64 bits");
+
+    for (features, ok) in
+        [(0, false), (OWN_FEATURE, false), (offered | 1 << 40, false), (feature::VERSION_1, true), (offered, true)]
+    {
+        driver.set_status(0);
+        driver.negotiate(features);
+        assert_eq!(driver.status() & FEATURES_OK != 0, ok, "{features:#x}");
+        driver.enable(0, 0x1000);
+        assert_eq!(driver.run() & DRIVER_OK != 0, ok, "{features:#x}");
+        assert_eq!(driver.served.lock().unwrap().running[0], ok.then_some(features));
+        driver.accept(feature::VERSION_1);
+        driver.write::<4>(0x08, 0);
+        let expected = if ok { features as u32 } else { 0 };
+        assert_eq!(driver.read::<4>(0x0c) as u32, expected, "they hold once they are agreed on");
+    }
+}
+
+#[test]
+fn queues_start_with_the_driver_and_end_with_a_reset() {
+    let mut driver = Driver::new();
+    driver.negotiate(feature::VERSION_1);
+    driver.enable(1, 0x4000);
+    assert_eq!(driver.served.lock().unwrap().running, [None, None]);
+    driver.run();
+    driver.run();
+    assert_eq!(driver.served.lock().unwrap().running, [None, Some(feature::VERSION_1)]);
+    driver.enable(0, 0x8000);
+    assert_eq!(driver.served.lock().unwrap().running, [Some(feature::VERSION_1); 2], "late, but it does");
+    driver.write::<8>(QUEUE_DESC, 0x1_0000);
+    driver.write::<2>(QUEUE_SIZE, 8);
+    assert_eq!((driver.read::<8>(QUEUE_DESC), driver.read::<2>(QUEUE_SIZE)), (0x8000, 64), "registers hold");
+
+    driver.write::<2>(QUEUE_VECTOR, 1);
+    assert_eq!(driver.set_status(0), 0);
+    assert_eq!(driver.served.lock().unwrap().running, [None, None]);
+    driver.write::<2>(QUEUE_SELECT, 0);
+    let registers = [QUEUE_DESC, QUEUE_DESC + 8, QUEUE_DESC + 16, QUEUE_ENABLE].map(|at| driver.read::<2>(at));
+    assert_eq!(registers, [0; 4]);
+    assert_eq!((driver.read::<2>(QUEUE_SIZE), driver.read::<2>(QUEUE_VECTOR)), (64, 0xffff));
+    driver.write::<4>(0x08, 1);
+    assert_eq!(driver.read::<4>(0x0c), 0);
+}
+
+#[test]
+fn addresses_go_by_halves_and_queues_that_are_not_there_take_nothing() {
+    let mut driver = Driver::new();
+    for (at, half) in [(0, 0x1111_1000), (4, 0x22), (8, 0x3333_3000), (12, 0x44), (16, 0x5555_5000), (20, 0x66)] {
+        driver.write::<4>(QUEUE_DESC + at, half);
+    }
+    let registers = [0, 8, 16].map(|at| driver.read::<8>(QUEUE_DESC + at));
+    assert_eq!(registers, [0x22_1111_1000, 0x44_3333_3000, 0x66_5555_5000]);
+    assert_eq!(driver.read::<4>(QUEUE_DESC + 12), 0x44);
+
+    driver.write::<2>(QUEUE_SELECT, 2);
+    assert_eq!(driver.read::<2>(QUEUE_SIZE), 0, "no such queue");
+    driver.enable(2, 0x1000);
+    driver.write::<2>(QUEUE_VECTOR, 0);
+    assert_eq!((driver.read::<2>(QUEUE_ENABLE), driver.read::<2>(QUEUE_VECTOR)), (0, 0xffff));
+    driver.write::<2>(0x10, 3);
+    assert_eq!(driver.read::<2>(0x10), 0xffff, "no such vector");
+    driver.write::<2>(0x10, 2);
+    assert_eq!(driver.read::<2>(0x10), 2);
+}
+
+#[test]
+fn a_queue_that_cannot_be_needs_a_reset() {
+    for (size, at) in [(0, 0x1000), (3, 0x1000), (128, 0x1000), (64, 0x1001), (64, 0x10_0000), (64, u64::MAX - 0x2fff)]
+    {
+        let mut driver = Driver::new();
+        driver.set_msix_control(MSIX_ON);
+        driver.set_entry(2, MESSAGE, false);
+        driver.write::<2>(0x10, 2);
+        driver.negotiate(feature::VERSION_1);
+        driver.write::<2>(QUEUE_SIZE, size);
+        driver.enable(0, at);
+        assert_ne!(driver.run() & NEEDS_RESET, 0, "{size} at {at:#x}");
+        assert_eq!(driver.host.sent(2), 1, "the driver is told by the configuration's vector");
+        assert_eq!(driver.read::<1>(0x1000), 2, "and by the ISR");
+        assert_eq!(driver.set_status(0), 0);
+        driver.negotiate(feature::VERSION_1);
+        driver.enable(0, 0x1000);
+        assert_eq!(driver.run() & NEEDS_RESET, 0, "and a reset mends it");
+    }
+}
+
+#[test]
+fn a_masked_vector_keeps_its_interrupt() {
+    let mut driver = Driver::new();
+    driver.negotiate(feature::VERSION_1);
+    driver.enable(0, 0x1000);
+    driver.write::<2>(QUEUE_VECTOR, 1);
+    driver.run();
+    let events = driver.events();
+
+    driver.set_entry(1, MESSAGE, true);
+    driver.set_msix_control(MSIX_ON);
+    events.queue_interrupt(0);
+    assert_eq!(driver.host.connected().len(), 0);
+    assert_eq!(
+        (driver.read::<4>(MSIX_PBA), driver.read::<4>(MSIX_PBA)),
+        (2, 2),
+        "pending, and looking changes nothing"
+    );
+    driver.write::<4>(MSIX_TABLE + 16 + 12, 0);
+    assert_eq!(driver.host.connected().into_iter().collect::<Vec<_>>(), [(1, MESSAGE)]);
+    assert_eq!(driver.host.sent(1), 1);
+    assert_eq!(driver.read::<4>(MSIX_PBA), 0);
+
+    driver.set_msix_control(MSIX_ON | MSIX_ALL_MASKED);
+    events.queue_interrupt(0);
+    assert_eq!((driver.host.connected().len(), driver.read::<4>(MSIX_PBA)), (0, 2));
+    let moved = MsiMessage { data: 0x42, ..MESSAGE };
+    driver.set_entry(1, moved, false);
+    driver.set_msix_control(MSIX_ON);
+    assert_eq!(driver.host.connected().into_iter().collect::<Vec<_>>(), [(1, moved)]);
+    assert_eq!(driver.host.sent(1), 1, "to where it goes now");
+
+    // Without a vector there is the ISR.
+    driver.write::<2>(QUEUE_VECTOR, 0xffff);
+    events.queue_interrupt(0);
+    events.config_changed();
+    assert_eq!((driver.read::<1>(0x1000), driver.read::<1>(0x1000)), (3, 0));
+    assert_eq!(driver.read::<1>(0x15), 1, "the configuration's generation");
+}
+
+#[test]
+fn nothing_is_left_of_a_function_that_goes() {
+    let mut driver = Driver::new();
+    driver.set_msix_control(MSIX_ON);
+    driver.set_entry(0, MESSAGE, false);
+    driver.function.map_doorbells(Some(BAR));
+    driver.negotiate(feature::VERSION_1);
+    driver.enable(0, 0x1000);
+    driver.run();
+    assert_eq!(driver.host.doorbells(), [BAR + 0x3000, BAR + 0x3004]);
+    drop(driver.function);
+    assert_eq!((driver.host.doorbells().len(), driver.host.connected().len()), (0, 0));
+    assert_eq!(driver.served.lock().unwrap().running, [None, None]);
+}
+
+#[derive(Debug, Clone)]
+enum Access {
+    Config { at: u16, data: Vec<u8> },
+    Bar { at: u64, data: Vec<u8> },
+}
+
+fn access() -> impl Strategy<Value = Access> {
+    let data = prop::sample::select(vec![1usize, 2, 4, 8]).prop_flat_map(|width| {
+        // Small numbers get further than noise does.
+        prop_oneof![
+            prop::collection::vec(any::<u8>(), width),
+            (0u64..40).prop_map(move |n| n.to_le_bytes()[..width].to_vec())
+        ]
+    });
+    let bar = prop_oneof![
+        0u64..0x40,
+        0x1000u64..0x1008,
+        0x2000u64..0x2020,
+        0x3000u64..0x3020,
+        0x4000u64..0x4040,
+        0x6000u64..0x6010,
+        0..BAR_SIZE
+    ];
+    prop_oneof![
+        (prop_oneof![0u16..0x100, 0u16..0x1000], data.clone()).prop_map(|(at, data)| Access::Config { at, data }),
+        (bar, data).prop_map(|(at, data)| Access::Bar { at, data }),
+    ]
+}
+
+proptest! {
+    /// Whatever a guest does: nothing panics, KVM listens to exactly what is unmasked, queues run only under a
+    /// driver.
+    #[test]
+    fn no_access_breaks_the_function(accesses in prop::collection::vec(access(), 0..200)) {
+        let mut driver = Driver::new();
+        for access in accesses {
+            match access {
+                Access::Config { at, data } => {
+                    driver.function.config_write(at, &data);
+                    driver.function.config_read(at, &mut vec![0; data.len()]);
+                    let bar = driver.function.bar_address();
+                    driver.function.map_doorbells(bar);
+                    let doorbells: Vec<u64> =
+                        bar.into_iter().flat_map(|bar| [bar + 0x3000, bar + 0x3004]).collect();
+                    prop_assert_eq!(driver.host.doorbells(), doorbells);
+                }
+                Access::Bar { at, data } => {
+                    driver.function.bar_write(at, &data);
+                    driver.function.bar_read(at, &mut vec![0; data.len()]);
+                }
+            }
+            let control = driver.function.config.msix_control().unwrap();
+            for vector in 0..=QUEUES.len() as u64 {
+                let [address, rest] = [0, 8].map(|at| driver.read::<8>(MSIX_TABLE + 16 * vector + at));
+                let unmasked = control & (MSIX_ON | MSIX_ALL_MASKED) == MSIX_ON && rest >> 32 & 1 == 0;
+                let message = MsiMessage { address: address & !3, data: rest as u32 };
+                prop_assert_eq!(driver.host.connected().remove(&(vector as u32)), unmasked.then_some(message));
+            }
+            if driver.status() & DRIVER_OK == 0 {
+                prop_assert_eq!(driver.served.lock().unwrap().running, [None, None]);
+            }
+        }
+    }
+}
