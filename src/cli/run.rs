@@ -17,6 +17,7 @@ use super::signals::Signals;
 use crate::backend::{HostFiles, OpenDirectly};
 use crate::config::{DiskConfig, MemorySize, NetConfig, SerialConfig, VmConfig};
 use crate::machine::{End, Machine, MachineError, SerialSetup, State};
+use crate::memory::release_startup_code;
 use crate::observe::{Timeline, init_log};
 
 /// Boot a VM, with its serial console on this terminal
@@ -153,6 +154,7 @@ fn run_to_end(config: &VmConfig, host: &dyn HostFiles, timeline: &Arc<Timeline>)
     // Never dropped: a vCPU may hang on a console that nobody reads, and the process ends anyway.
     let mut machine = std::mem::ManuallyDrop::new(machine);
     machine.start()?;
+    release_startup_code();
     serve(&mut machine, &mut console, &mut signals).map_err(resources("wait for events"))
 }
 

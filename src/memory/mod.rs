@@ -2,6 +2,7 @@
 
 mod dirty;
 mod iobuf;
+mod startup;
 
 use std::num::NonZeroUsize;
 use std::sync::Arc;
@@ -12,6 +13,7 @@ use vm_memory::{GuestAddress, GuestMemoryBackend, GuestMemoryMmap, GuestMemoryRe
 
 pub use dirty::DirtyBitmap;
 pub use iobuf::{IoBuf, IoBufError};
+pub use startup::release_startup_code;
 
 /// The regions of guest RAM, in ascending order. Every host write through it marks the page dirty.
 pub type RamRegions = GuestMemoryMmap<DirtyBitmap>;
