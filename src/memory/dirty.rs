@@ -16,6 +16,10 @@ pub struct DirtyBitmap {
     pages: usize,
 }
 
+/// An allocation of this size is a mapping of its own, whose pages are not there before they are used. The heap
+/// would write its zeroes.
+const LAZY_WORDS: usize = (128 << 10) / size_of::<AtomicU64>();
+
 impl DirtyBitmap {
     /// A clean bitmap for `bytes` of memory, rounded up to whole pages.
     ///
@@ -23,7 +27,7 @@ impl DirtyBitmap {
     #[must_use]
     pub fn for_bytes(bytes: usize) -> Option<Self> {
         let pages = bytes.div_ceil(PAGE.get());
-        let words = <[AtomicU64]>::new_box_zeroed_with_elems(pages.div_ceil(64)).ok()?;
+        let words = <[AtomicU64]>::new_box_zeroed_with_elems(pages.div_ceil(64).max(LAZY_WORDS)).ok()?;
         Some(Self { words, pages })
     }
 }
