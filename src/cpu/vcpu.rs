@@ -1,6 +1,7 @@
 //! One vCPU and the thread that runs it.
 
 use std::io;
+use std::mem::ManuallyDrop;
 use std::sync::Arc;
 use std::sync::atomic::{AtomicBool, Ordering};
 use std::thread::JoinHandle;
@@ -85,8 +86,10 @@ impl Vcpu {
             .name(format!("vcpu{id}"))
             .stack_size(STACK)
             .spawn(move || {
-                self.run(page, &*handler, &stopped);
-                self
+                // A panic must not unmap the page either, where it unwinds.
+                let mut vcpu = ManuallyDrop::new(self);
+                vcpu.run(page, &*handler, &stopped);
+                ManuallyDrop::into_inner(vcpu)
             })
             .map_err(|source| CpuError::Thread { id, source })?;
         Ok(VcpuHandle { thread: Some(thread), page, stop })
