@@ -89,9 +89,12 @@ impl IoBuf {
         Ok(())
     }
 
-    /// Appends all of `other`'s buffers, which belong to the same RAM.
+    /// Appends all of `other`'s buffers.
+    ///
+    /// # Panics
+    /// If they belong to another RAM, which `self` does not keep alive.
     pub fn append(&mut self, other: &IoBuf) {
-        debug_assert!(std::sync::Arc::ptr_eq(&self.ram, &other.ram));
+        assert!(std::sync::Arc::ptr_eq(&self.ram, &other.ram), "buffers of another RAM");
         self.vecs.extend_from_slice(&other.vecs);
         self.addrs.extend_from_slice(&other.addrs);
         self.len += other.len;
@@ -360,6 +363,12 @@ mod tests {
             rustix::io::write(&b, &[7; 16][..sent]).unwrap();
             assert_eq!((buf.read_packet(&a).unwrap(), buf.len(), buf.segments()), (got, 4, 2));
         }
+    }
+
+    #[test]
+    #[should_panic(expected = "another RAM")]
+    fn buffers_of_another_ram_are_not_taken() {
+        IoBuf::new(ram()).append(&IoBuf::new(ram()));
     }
 
     #[test]
