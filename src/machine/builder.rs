@@ -106,11 +106,12 @@ impl Machine {
 }
 
 /// What the machine cannot do without.
-const CAPABILITIES: [(Cap, &str); 7] = [
+const CAPABILITIES: [(Cap, &str); 8] = [
     (Cap::UserMemory, "user memory (KVM_CAP_USER_MEMORY)"),
     (Cap::Irqchip, "the in-kernel interrupt controllers (KVM_CAP_IRQCHIP)"),
     (Cap::Pit2, "the in-kernel timer (KVM_CAP_PIT2)"),
     (Cap::Ioeventfd, "doorbells (KVM_CAP_IOEVENTFD)"),
+    (Cap::IrqRouting, "message-signalled interrupts (KVM_CAP_IRQ_ROUTING)"),
     (Cap::Irqfd, "interrupts by eventfd (KVM_CAP_IRQFD)"),
     (Cap::ExtCpuid, "CPUID (KVM_CAP_EXT_CPUID)"),
     (Cap::ImmediateExit, "immediate exits (KVM_CAP_IMMEDIATE_EXIT)"),
