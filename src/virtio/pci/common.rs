@@ -23,87 +23,76 @@ const QUEUE_DRIVER: u64 = 0x28;
 /// The used ring's address is the last register.
 const END: u64 = 0x38;
 
-/// Stateless: the registers live in the core and in the signals.
-pub struct CommonRegisters {
-    queues: u16,
+/// Reads a register; unknown offsets and widths read as zero.
+pub fn read(core: &VirtioCore, signals: &Signals, offset: u64, data: &mut [u8]) {
+    let queue = core.selected_queue();
+    let value: u64 = match (offset, data.len()) {
+        (DEVICE_FEATURE_SELECT, 4) => core.device_feature_select.into(),
+        (DEVICE_FEATURE, 4) => core.device_features().into(),
+        (DRIVER_FEATURE_SELECT, 4) => core.driver_feature_select.into(),
+        (DRIVER_FEATURE, 4) => core.driver_features().into(),
+        (CONFIG_MSIX_VECTOR, 2) => signals.vector(None).into(),
+        (NUM_QUEUES, 2) => core.queues.len() as u64,
+        (DEVICE_STATUS, 1) => core.status().into(),
+        (CONFIG_GENERATION, 1) => core.generation().into(),
+        (QUEUE_SELECT, 2) => core.queue_select.into(),
+        // A size of zero says that there is no such queue.
+        (QUEUE_SIZE, 2) => queue.map_or(0, |q| q.layout.size.into()),
+        (QUEUE_MSIX_VECTOR, 2) => signals.vector(Some(core.queue_select)).into(),
+        (QUEUE_ENABLE, 2) => queue.map_or(0, |q| q.enabled.into()),
+        (QUEUE_NOTIFY_OFF, 2) => queue.map_or(0, |_| core.queue_select.into()),
+        (QUEUE_DESC..END, 4 | 8) => queue.map_or(0, |q| {
+            let address = match offset & !7 {
+                QUEUE_DESC => q.layout.descriptors,
+                QUEUE_DRIVER => q.layout.avail,
+                _ => q.layout.used,
+            };
+            if offset & 4 == 0 { address } else { address >> 32 }
+        }),
+        _ => 0,
+    };
+    let bytes = value.to_le_bytes();
+    data.fill(0);
+    let n = data.len().min(bytes.len());
+    data[..n].copy_from_slice(&bytes[..n]);
 }
 
-impl CommonRegisters {
-    pub fn new(queues: usize) -> Self {
-        Self { queues: queues as u16 }
-    }
-
-    /// Reads a register; unknown offsets and widths read as zero.
-    pub fn read(&self, core: &VirtioCore, signals: &Signals, offset: u64, data: &mut [u8]) {
-        let queue = core.selected_queue();
-        let value: u64 = match (offset, data.len()) {
-            (DEVICE_FEATURE_SELECT, 4) => core.device_feature_select.into(),
-            (DEVICE_FEATURE, 4) => core.device_features().into(),
-            (DRIVER_FEATURE_SELECT, 4) => core.driver_feature_select.into(),
-            (DRIVER_FEATURE, 4) => core.driver_features().into(),
-            (CONFIG_MSIX_VECTOR, 2) => signals.vector(None).into(),
-            (NUM_QUEUES, 2) => self.queues.into(),
-            (DEVICE_STATUS, 1) => core.status().into(),
-            (CONFIG_GENERATION, 1) => core.generation().into(),
-            (QUEUE_SELECT, 2) => core.queue_select.into(),
-            // A size of zero says that there is no such queue.
-            (QUEUE_SIZE, 2) => queue.map_or(0, |q| q.layout.size.into()),
-            (QUEUE_MSIX_VECTOR, 2) => signals.vector(Some(core.queue_select)).into(),
-            (QUEUE_ENABLE, 2) => queue.map_or(0, |q| q.enabled.into()),
-            (QUEUE_NOTIFY_OFF, 2) => queue.map_or(0, |_| core.queue_select.into()),
-            (QUEUE_DESC..END, 4 | 8) => queue.map_or(0, |q| {
-                let address = match offset & !7 {
-                    QUEUE_DESC => q.layout.descriptors,
-                    QUEUE_DRIVER => q.layout.avail,
-                    _ => q.layout.used,
-                };
-                if offset & 4 == 0 { address } else { address >> 32 }
-            }),
-            _ => 0,
-        };
-        let bytes = value.to_le_bytes();
-        data.fill(0);
-        let n = data.len().min(bytes.len());
-        data[..n].copy_from_slice(&bytes[..n]);
-    }
-
-    /// Writes a register; unknown offsets and widths, and what is read-only now, are ignored.
-    pub fn write(&self, core: &mut VirtioCore, signals: &Signals, offset: u64, data: &[u8]) {
-        let mut bytes = [0; 8];
-        let n = data.len().min(bytes.len());
-        bytes[..n].copy_from_slice(&data[..n]);
-        let value = u64::from_le_bytes(bytes);
-        match (offset, data.len()) {
-            (DEVICE_FEATURE_SELECT, 4) => core.device_feature_select = value as u32,
-            (DRIVER_FEATURE_SELECT, 4) => core.driver_feature_select = value as u32,
-            (DRIVER_FEATURE, 4) => core.set_driver_features(value as u32),
-            (CONFIG_MSIX_VECTOR, 2) => signals.set_vector(None, value as u16),
-            (DEVICE_STATUS, 1) => {
-                core.set_status(value as u8);
-                if value == 0 {
-                    signals.reset_vectors();
-                }
+/// Writes a register; unknown offsets and widths, and what is read-only now, are ignored.
+pub fn write(core: &mut VirtioCore, signals: &Signals, offset: u64, data: &[u8]) {
+    let mut bytes = [0; 8];
+    let n = data.len().min(bytes.len());
+    bytes[..n].copy_from_slice(&data[..n]);
+    let value = u64::from_le_bytes(bytes);
+    match (offset, data.len()) {
+        (DEVICE_FEATURE_SELECT, 4) => core.device_feature_select = value as u32,
+        (DRIVER_FEATURE_SELECT, 4) => core.driver_feature_select = value as u32,
+        (DRIVER_FEATURE, 4) => core.set_driver_features(value as u32),
+        (CONFIG_MSIX_VECTOR, 2) => signals.set_vector(None, value as u16),
+        (DEVICE_STATUS, 1) => {
+            core.set_status(value as u8);
+            if value == 0 {
+                signals.reset();
             }
-            (QUEUE_SELECT, 2) => core.queue_select = value as u16,
-            (QUEUE_SIZE, 2) => {
-                if let Some(queue) = core.queue_to_configure() {
-                    queue.layout.size = value as u16;
-                }
-            }
-            (QUEUE_MSIX_VECTOR, 2) => signals.set_vector(Some(core.queue_select), value as u16),
-            (QUEUE_ENABLE, 2) if value == 1 => core.enable_queue(),
-            (QUEUE_DESC..END, 4 | 8) => {
-                if let Some(queue) = core.queue_to_configure() {
-                    let register = match offset & !7 {
-                        QUEUE_DESC => &mut queue.layout.descriptors,
-                        QUEUE_DRIVER => &mut queue.layout.avail,
-                        _ => &mut queue.layout.used,
-                    };
-                    *register = merge(*register, offset & 7, data.len(), value);
-                }
-            }
-            _ => {}
         }
+        (QUEUE_SELECT, 2) => core.queue_select = value as u16,
+        (QUEUE_SIZE, 2) => {
+            if let Some(queue) = core.queue_to_configure() {
+                queue.layout.size = value as u16;
+            }
+        }
+        (QUEUE_MSIX_VECTOR, 2) => signals.set_vector(Some(core.queue_select), value as u16),
+        (QUEUE_ENABLE, 2) if value == 1 => core.enable_queue(),
+        (QUEUE_DESC..END, 4 | 8) => {
+            if let Some(queue) = core.queue_to_configure() {
+                let register = match offset & !7 {
+                    QUEUE_DESC => &mut queue.layout.descriptors,
+                    QUEUE_DRIVER => &mut queue.layout.avail,
+                    _ => &mut queue.layout.used,
+                };
+                *register = merge(*register, offset & 7, data.len(), value);
+            }
+        }
+        _ => {}
     }
 }
 

@@ -21,7 +21,6 @@ use std::sync::Arc;
 
 use vmm_sys_util::eventfd::EventFd;
 
-use self::common::CommonRegisters;
 use self::config_space::{ConfigSpace, Identity};
 pub use self::msix::MsiMessage;
 use self::msix::{MsixTable, Signals};
@@ -62,7 +61,6 @@ pub struct VirtioPci {
     config: ConfigSpace,
     window: Window,
     core: VirtioCore,
-    common: CommonRegisters,
     signals: Arc<Signals>,
     msix: MsixTable,
     host: Arc<dyn PciHost>,
@@ -94,7 +92,7 @@ impl VirtioPci {
         config.set_bar0(bar, BAR_SIZE);
         add_capabilities(&mut config, vectors as u16);
         let window = Window::add_to(&mut config);
-        Ok(Self { config, window, core, common: CommonRegisters::new(queues), signals, msix, host, doorbells: None })
+        Ok(Self { config, window, core, signals, msix, host, doorbells: None })
     }
 
     /// Reads the configuration space; through the window in it, what is in the BAR.
@@ -150,7 +148,7 @@ impl VirtioPci {
             MSIX_TABLE..MSIX_PBA => self.msix.read(offset - MSIX_TABLE, data),
             MSIX_PBA.. => self.msix.read_pending(offset - MSIX_PBA, data),
             _ => match (offset / REGION, offset % REGION) {
-                (COMMON, at) => self.common.read(&self.core, &self.signals, at, data),
+                (COMMON, at) => common::read(&self.core, &self.signals, at, data),
                 (ISR, 0) => {
                     data.fill(0);
                     data[0] = self.signals.take_isr();
@@ -166,7 +164,7 @@ impl VirtioPci {
             MSIX_TABLE..MSIX_PBA => self.msix.write(offset - MSIX_TABLE, data),
             MSIX_PBA.. => {}
             _ => match (offset / REGION, offset % REGION) {
-                (COMMON, at) => self.common.write(&mut self.core, &self.signals, at, data),
+                (COMMON, at) => common::write(&mut self.core, &self.signals, at, data),
                 (DEVICE, at) => self.core.write_config(at, data),
                 (NOTIFY, at) => self.core.kick(at / u64::from(NOTIFY_MULTIPLIER)),
                 _ => {}

@@ -72,7 +72,7 @@ impl Signals {
         }
     }
 
-    pub fn reset_vectors(&self) {
+    pub fn reset(&self) {
         for register in self.queue_vectors.iter().chain([&self.config_vector]) {
             register.store(NO_VECTOR, Ordering::Release);
         }
