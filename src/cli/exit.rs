@@ -3,6 +3,7 @@
 use std::error::Error;
 use std::fmt::Write as _;
 use std::io;
+use std::io::Write as _;
 
 use crate::backend::disk::DiskError;
 use crate::backend::tap::TapError;
@@ -144,6 +145,11 @@ pub fn report(error: &MachineError) -> Exit {
     if let Some(hint) = hint {
         let _ = writeln!(text, "  hint: {hint}");
     }
-    eprint!("{text}");
+    say(&text);
     exit
+}
+
+/// Writes to standard error. Nobody is left to tell when that is closed; the exit code still is.
+pub fn say(text: &str) {
+    let _ = std::io::stderr().write_all(text.as_bytes());
 }

@@ -123,7 +123,7 @@ pub fn run(args: RunArgs, start: Instant) -> ExitCode {
         Err(error) => exit::report(&error),
     };
     if print_timeline {
-        eprint!("{timeline}");
+        exit::say(&timeline.to_string());
     }
     // Without unwinding the machine: the host takes everything back at once, and faster than we could.
     std::process::exit(exit as i32);
@@ -133,10 +133,10 @@ pub fn run(args: RunArgs, start: Instant) -> ExitCode {
 fn tell(end: &End) {
     match end {
         End::PowerOff => tracing::info!("the guest powered off"),
-        End::Reset => eprintln!("tranche: the guest reset itself"),
-        End::Panicked => eprintln!("tranche: the guest's kernel panicked"),
-        End::Killed => eprintln!("tranche: the VM was ended from outside"),
-        End::Fault(fault) => eprintln!("tranche: error: {fault}"),
+        End::Reset => exit::say("tranche: the guest reset itself\n"),
+        End::Panicked => exit::say("tranche: the guest's kernel panicked\n"),
+        End::Killed => exit::say("tranche: the VM was ended from outside\n"),
+        End::Fault(fault) => exit::say(&format!("tranche: error: {fault}\n")),
     }
 }
 

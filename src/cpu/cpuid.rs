@@ -17,6 +17,7 @@ pub struct HostCpuid {
 const LEAF1_ECX_TSC_DEADLINE: u32 = 1 << 24;
 const LEAF1_ECX_HYPERVISOR: u32 = 1 << 31;
 const LEAF1_EDX_HTT: u32 = 1 << 28;
+const EXTENDED_TOPOLOGY: u32 = 0x8000_0026;
 const EXT1_ECX_CMP_LEGACY: u32 = 1 << 1;
 
 /// How the vendor's name starts.
@@ -45,8 +46,9 @@ impl HostCpuid {
         let (apic_id, cpus) = (u32::from(id), u32::from(count));
         let id_bits = u8::BITS - (count - 1).leading_zeros();
         let topology_leaves = [0xb, 0x1f];
-        let mut entries: Vec<_> =
-            self.entries.iter().filter(|e| !topology_leaves.contains(&e.function)).copied().collect();
+        // AMD's own list of levels tells of the host's cores; a guest falls back to leaf 0xb.
+        let host_only = |function| topology_leaves.contains(&function) || function == EXTENDED_TOPOLOGY;
+        let mut entries: Vec<_> = self.entries.iter().filter(|e| !host_only(e.function)).copied().collect();
         // Intel reserves what AMD keeps here, and Linux takes it at its word.
         let amd = entries.iter().any(|e| e.function == 0 && AMD_LIKE.contains(&e.ebx.to_le_bytes()));
         for entry in &mut entries {
@@ -129,7 +131,7 @@ mod tests {
         let vendor = kvm_cpuid_entry2 { ebx: u32::from_le_bytes(*b"Auth"), ..leaf(0, 0) };
         let mut entries = vec![vendor, leaf(1, 0), leaf(0xb, 0), leaf(0xb, 1), leaf(0x1f, 0), leaf(0x20, 0)];
         entries.extend(cache);
-        entries.extend([leaf(0x8000_0001, 0), leaf(0x8000_0008, 0), leaf(0x8000_001e, 0)]);
+        entries.extend([leaf(0x8000_0001, 0), leaf(0x8000_0008, 0), leaf(0x8000_001e, 0), leaf(EXTENDED_TOPOLOGY, 0)]);
         HostCpuid { entries, tsc_deadline: true }
     }
 
@@ -159,6 +161,7 @@ mod tests {
                 assert_eq!(find(&entries, 0x8000_0008, 0).ecx & 0xff, u32::from(count) - 1);
                 assert_eq!(1 << (find(&entries, 0x8000_0008, 0).ecx >> 12 & 0xf), addressable);
                 assert_eq!(find(&entries, 0x8000_001e, 0).eax, u32::from(id));
+                assert!(entries.iter().all(|e| e.function != EXTENDED_TOPOLOGY));
             }
         }
     }
