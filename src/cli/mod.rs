@@ -12,6 +12,8 @@ use std::time::Instant;
 
 use clap::{CommandFactory, Parser, Subcommand};
 
+use crate::memory::share_one_heap;
+
 /// A paravirtualized micro-VM monitor over KVM.
 #[derive(Debug, Parser)]
 #[command(name = "tranche", version, arg_required_else_help = true, after_help = exit::HELP)]
@@ -34,6 +36,7 @@ pub fn command() -> clap::Command {
 /// Runs the program; `start` is when it began.
 #[must_use]
 pub fn main(start: Instant) -> ExitCode {
+    share_one_heap();
     match Cli::parse().verb {
         Verb::Run(args) => run::run(args, start),
     }

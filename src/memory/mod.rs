@@ -13,7 +13,7 @@ use vm_memory::{GuestAddress, GuestMemoryBackend, GuestMemoryMmap, GuestMemoryRe
 
 pub use dirty::DirtyBitmap;
 pub use iobuf::{IoBuf, IoBufError};
-pub use startup::release_startup_code;
+pub use startup::{release_startup_code, share_one_heap};
 
 /// The regions of guest RAM, in ascending order. Every host write through it marks the page dirty.
 pub type RamRegions = GuestMemoryMmap<DirtyBitmap>;

@@ -1,6 +1,6 @@
-//! Giving back what only the start needed.
+//! What keeps the program itself small.
 
-#![expect(unsafe_code, reason = "linker symbols and madvise")]
+#![expect(unsafe_code, reason = "linker symbols, madvise and mallopt")]
 
 use rustix::mm::{Advice, madvise};
 
@@ -18,4 +18,11 @@ pub fn release_startup_code() {
     // SAFETY: from its start to the end of its code the program is mapped from its file, read-only and never
     // written (relocations are in the data behind it), so a page that is dropped comes back as it was.
     let _ = unsafe { madvise(std::ptr::without_provenance_mut(start), len, Advice::LinuxDontNeed) };
+}
+
+/// Makes all threads share one heap. They allocate next to nothing once the VM runs, and a heap for each would
+/// cost address space, system calls at its thread's start, and pages.
+pub fn share_one_heap() {
+    // SAFETY: only a number is set, before there is a second thread.
+    unsafe { libc::mallopt(libc::M_ARENA_MAX, 1) };
 }
