@@ -72,11 +72,15 @@ impl Signals {
         }
     }
 
+    /// After a reset of the device there is nothing left to tell (virtio 1.2, 2.4.1).
     pub fn reset(&self) {
         for register in self.queue_vectors.iter().chain([&self.config_vector]) {
             register.store(NO_VECTOR, Ordering::Release);
         }
         self.isr.store(0, Ordering::Release);
+        for fd in &self.vectors {
+            let _ = fd.read();
+        }
     }
 
     fn vector_register(&self, queue: Option<u16>) -> Option<&AtomicU16> {

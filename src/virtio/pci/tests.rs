@@ -307,6 +307,42 @@ fn a_masked_vector_keeps_its_interrupt() {
 }
 
 #[test]
+fn a_reset_takes_pending_interrupts_with_it() {
+    let mut driver = Driver::new();
+    let features = driver.offered();
+    driver.negotiate(features);
+    driver.enable(0, 0);
+    driver.write::<2>(QUEUE_VECTOR, 1);
+    driver.run();
+    driver.set_msix_control(MSIX_ON);
+    driver.events().queue_interrupt(0);
+    assert_eq!(driver.read::<8>(MSIX_PBA), 1 << 1);
+    driver.set_status(0);
+    assert_eq!(driver.read::<8>(MSIX_PBA), 0, "no notification after a reset");
+}
+
+/// Every status a driver can write after every other: bits come as the rules have it, and go only all at once.
+#[test]
+fn the_status_only_grows_until_it_is_reset() {
+    for acceptable in [false, true] {
+        for (first, second) in (1..=255u8).flat_map(|a| (0..=255u8).map(move |b| (a, b))) {
+            let mut driver = Driver::new();
+            driver.accept(if acceptable { feature::VERSION_1 } else { feature::VERSION_1 | 1 << 63 });
+            let (old, new) = (driver.set_status(first), driver.set_status(second));
+            let case = format!("{first:#x}, {second:#x}: {old:#x} -> {new:#x}");
+            if second == 0 {
+                assert_eq!(new, 0, "{case}");
+                continue;
+            }
+            assert_eq!(old & !new, 0, "{case}: bits went");
+            assert_eq!(new & !(old | second) | new & NEEDS_RESET, 0, "{case}: bits came by themselves");
+            assert_eq!(new & FEATURES_OK != 0, acceptable && (old | second) & FEATURES_OK != 0, "{case}");
+            assert!(new & DRIVER_OK == 0 || new & FEATURES_OK != 0, "{case}");
+        }
+    }
+}
+
+#[test]
 fn nothing_is_left_of_a_function_that_goes() {
     let mut driver = Driver::new();
     driver.set_msix_control(MSIX_ON);
