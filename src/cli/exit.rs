@@ -2,8 +2,7 @@
 
 use std::error::Error;
 use std::fmt::Write as _;
-use std::io;
-use std::io::Write as _;
+use std::io::{self, Write as _};
 
 use crate::backend::disk::DiskError;
 use crate::backend::tap::TapError;
@@ -151,5 +150,5 @@ pub fn report(error: &MachineError) -> Exit {
 
 /// Writes to standard error. Nobody is left to tell when that is closed; the exit code still is.
 pub fn say(text: &str) {
-    let _ = std::io::stderr().write_all(text.as_bytes());
+    let _ = io::stderr().write_all(text.as_bytes());
 }

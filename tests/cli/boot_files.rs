@@ -152,3 +152,15 @@ fn files_of_another_user() {
     expect_mistake(&mut nobody.run_kernel(&path, &[]), 20, &["Permission denied", "permissions"]);
     expect_mistake(nobody.run(&[]).arg("--initrd").arg(&path), 24, &["Permission denied", "permissions"]);
 }
+
+/// A panic of ours would end the program with another code.
+#[test]
+fn an_error_that_nobody_can_read_still_has_its_exit_code() {
+    let full = std::fs::File::options().write(true).open("/dev/full").unwrap();
+    let status = std::process::Command::new(env!("CARGO_BIN_EXE_tranche"))
+        .args(["run", "--serial", "null", "--kernel", "/no/such/kernel"])
+        .stderr(full)
+        .status()
+        .unwrap();
+    assert_eq!(status.code(), Some(20));
+}
