@@ -97,8 +97,8 @@ fn routing_entries(messages: &[Option<MsiMessage>]) -> Vec<kvm_irq_routing_entry
     let mut entries: Vec<_> = (0..8)
         .map(|gsi| pin(gsi, KVM_IRQCHIP_PIC_MASTER, gsi))
         .chain((8..16).map(|gsi| pin(gsi, KVM_IRQCHIP_PIC_SLAVE, gsi - 8)))
-        // KVM's own default swaps nothing but pin 2, which carries the PIT (GSI 0).
-        .chain((0..IOAPIC_PINS).map(|gsi| pin(gsi, KVM_IRQCHIP_IOAPIC, if gsi == 0 { 2 } else { gsi })))
+        // As KVM's own default has it, and a MADT without overrides.
+        .chain((0..IOAPIC_PINS).map(|gsi| pin(gsi, KVM_IRQCHIP_IOAPIC, gsi)))
         .collect();
     let messages = messages.iter().zip(IOAPIC_PINS..).filter_map(|(message, gsi)| message.map(|m| (gsi, m)));
     entries.extend(messages.map(|(gsi, message)| kvm_irq_routing_entry {
