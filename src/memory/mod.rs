@@ -22,6 +22,7 @@ pub type RamRegions = GuestMemoryMmap<DirtyBitmap>;
 pub type Ram = Arc<RamRegions>;
 
 pub const PAGE_SIZE: u64 = 4096;
+const HUGE_PAGE: usize = 2 << 20;
 
 #[derive(Debug, Error)]
 pub enum MemoryError {
@@ -36,7 +37,8 @@ pub enum MemoryError {
 /// Maps anonymous private memory for each `(guest address, bytes)` range.
 ///
 /// Nothing is touched: the host pays for a page when the guest (or a loader) first writes it. Transparent huge
-/// pages are asked for, as the guest's nested page walks gain most from them.
+/// pages are asked for, as the guest's nested page walks gain most from them, but not for the first 2 MiB: every
+/// start writes a few tables there, and would wait for the host to clear it all.
 pub fn anonymous(ranges: &[(GuestAddress, u64)]) -> Result<Ram, MemoryError> {
     let mut regions = Vec::with_capacity(ranges.len());
     for &(start, size) in ranges {
@@ -47,17 +49,19 @@ pub fn anonymous(ranges: &[(GuestAddress, u64)]) -> Result<Ram, MemoryError> {
             .with_mmap_flags(libc::MAP_ANONYMOUS | libc::MAP_PRIVATE | libc::MAP_NORESERVE)
             .build()
             .map_err(|source| MemoryError::Map { size, source })?;
-        advise_huge_pages(&mapping);
+        advise_huge_pages(&mapping, if start.0 == 0 { HUGE_PAGE } else { 0 });
         regions.push(GuestRegionMmap::new(mapping, start).ok_or(MemoryError::Layout)?);
     }
     GuestMemoryMmap::from_regions(regions).map(Arc::new).map_err(|_| MemoryError::Layout)
 }
 
 #[expect(unsafe_code, reason = "madvise works on raw addresses")]
-fn advise_huge_pages(mapping: &vm_memory::MmapRegion<DirtyBitmap>) {
-    // SAFETY: the range is exactly the mapping, which is alive; the advice changes no content.
+fn advise_huge_pages(mapping: &vm_memory::MmapRegion<DirtyBitmap>, from: usize) {
+    let Some(length) = mapping.size().checked_sub(from) else { return };
+    let start = mapping.as_ptr().wrapping_add(from);
+    // SAFETY: the range is the mapping from `from` to its end, and alive; the advice changes no content.
     // A kernel built without huge pages says no, which costs nothing but speed.
-    let _ = unsafe { rustix::mm::madvise(mapping.as_ptr().cast(), mapping.size(), rustix::mm::Advice::LinuxHugepage) };
+    let _ = unsafe { rustix::mm::madvise(start.cast(), length, rustix::mm::Advice::LinuxHugepage) };
 }
 
 /// Total bytes of RAM.
