@@ -65,7 +65,13 @@ impl HostFiles for OpenDirectly {
             HostFile::Disk { path, read_only } => {
                 options.read(true).write(!read_only).custom_flags(libc::O_NONBLOCK).open(path)
             }
-            HostFile::SerialOutput(path) => options.write(true).create(true).truncate(true).open(path),
+            HostFile::SerialOutput(path) => {
+                options.write(true).create(true).truncate(true).custom_flags(libc::O_NONBLOCK);
+                let file = options.open(path)?;
+                // Only the opening was not to wait (for the reader of a FIFO, say); the guest waits for its output.
+                rustix::fs::fcntl_setfl(&file, rustix::fs::fcntl_getfl(&file)? - rustix::fs::OFlags::NONBLOCK)?;
+                Ok(file)
+            }
         }
     }
 

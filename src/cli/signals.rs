@@ -23,6 +23,9 @@ impl Signals {
                 Err(error) => return Err(io::Error::other(format!("{error:?}"))),
             }
         }
+        // Past the limit of `ulimit -f`, a write to a disk or a console file fails; it does not end the VM.
+        // SAFETY: a disposition without a handler.
+        unsafe { libc::signal(libc::SIGXFSZ, libc::SIG_IGN) };
         let set = create_sigset(&ending)?;
         // SAFETY: the set is initialized; the result is checked before it is owned.
         let fd = unsafe { libc::signalfd(-1, &raw const set, libc::SFD_NONBLOCK | libc::SFD_CLOEXEC) };

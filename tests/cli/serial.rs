@@ -18,6 +18,33 @@ fn a_place_that_cannot_be_written() {
 }
 
 #[test]
+fn a_pipe_that_nobody_reads_is_not_waited_for() {
+    let dir = tempdir().unwrap();
+    let path = dir.path().join("fifo");
+    rustix::fs::mknodat(rustix::fs::CWD, &path, rustix::fs::FileType::Fifo, 0o600.into(), 0).unwrap();
+    let serial = format!("file={}", path.display());
+    expect_mistake(run().args(["--serial", &serial]), 50, &["fifo", "No such device or address"]);
+    // Linux opens both ends of a FIFO at once.
+    let mut reader = std::fs::OpenOptions::new().read(true).write(true).open(&path).unwrap();
+    Running::start(run().args(["--serial", &serial])).wait(LIMIT).expect_code(0);
+    let mut first = [0; 5];
+    std::io::Read::read_exact(&mut reader, &mut first).unwrap();
+    assert_eq!(&first, b"hello");
+}
+
+#[test]
+fn a_limit_on_the_size_of_files_is_not_the_end() {
+    let dir = tempdir().unwrap();
+    let path = dir.path().join("console");
+    let tranche = run();
+    let mut limited = std::process::Command::new("sh");
+    limited.arg("-c").arg("ulimit -f 0; exec \"$0\" \"$@\"").arg(tranche.get_program()).args(tranche.get_args());
+    limited.arg("--serial").arg(format!("file={}", path.display()));
+    Running::start(&mut limited).wait(LIMIT).expect_code(0);
+    assert_eq!(std::fs::metadata(&path).unwrap().len(), 0, "nothing could be written");
+}
+
+#[test]
 fn a_socket_in_use_is_not_taken_over_and_a_stale_one_is() {
     let dir = tempdir().unwrap();
     let path = dir.path().join("socket");
