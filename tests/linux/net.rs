@@ -60,7 +60,7 @@ fn guest_on(tap: &Tap) -> Guest {
 #[test]
 fn a_card_has_its_address_and_features_and_answers() {
     let tap = Tap::new("tranche-t0", "172.30.7.1/24");
-    let ended = guest_on(&tap).arg("--cpus", "2").run(
+    let ended = guest_on(&tap).run(
         "
 echo mac=$(cat /sys/class/net/eth0/address)
 echo mtu=$(cat /sys/class/net/eth0/mtu)
