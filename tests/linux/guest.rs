@@ -10,7 +10,7 @@ use tempfile::TempDir;
 use crate::support::{Ended, Running, disk_with, tranche};
 
 /// For a boot and a short script, on an emulated KVM on a busy machine.
-pub const LIMIT: Duration = Duration::from_secs(240);
+pub const LIMIT: Duration = Duration::from_secs(400);
 
 /// One guest at a time.
 static TURN: Mutex<()> = Mutex::new(());
