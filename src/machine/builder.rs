@@ -26,7 +26,7 @@ use crate::devices::{Block, Net, NetOptions, Rng};
 use crate::memory::{self, Ram};
 use crate::observe::{Milestone, Timeline};
 use crate::platform::acpi::{self, AcpiConfig, AcpiError};
-use crate::platform::bus::{Bus, BusDevice};
+use crate::platform::bus::{Bus, shared};
 use crate::platform::events::EventDevice;
 use crate::platform::interrupts::Interrupts;
 use crate::platform::pci::{CONFIG_PORTS, CONFIG_PORTS_LEN, ConfigPorts, Ecam, PciRoot};
@@ -261,10 +261,6 @@ fn create_vcpus(vm: &VmFd, cpuid: &HostCpuid, count: u8, entry: &EntryPoint) -> 
     let vcpus = (0..count).map(|id| Vcpu::new(vm, cpuid, id, count)).collect::<Result<Vec<_>, _>>()?;
     vcpus[0].enter_at(entry)?;
     Ok(vcpus)
-}
-
-fn shared<D: BusDevice>(device: D) -> Arc<Mutex<D>> {
-    Arc::new(Mutex::new(device))
 }
 
 #[cfg(test)]

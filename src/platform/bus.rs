@@ -12,6 +12,11 @@ pub trait BusDevice: Send {
 
 pub type SharedDevice = Arc<Mutex<dyn BusDevice>>;
 
+/// A device as a bus holds it.
+pub fn shared<D: BusDevice>(device: D) -> Arc<Mutex<D>> {
+    Arc::new(Mutex::new(device))
+}
+
 #[derive(Clone)]
 struct Mapping {
     len: u64,

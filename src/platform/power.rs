@@ -4,11 +4,11 @@
 //! All registers are bytes. An access of another width reads ones and does nothing, so that no wide write to a
 //! neighbour ends the VM.
 
-use std::sync::{Arc, Mutex};
+use std::sync::Arc;
 
 use vm_memory::{Bytes, GuestAddress, GuestMemoryError};
 
-use super::bus::{Bus, BusDevice};
+use super::bus::{Bus, BusDevice, shared};
 use super::{EventSink, GuestEvent, layout};
 use crate::memory::RamRegions;
 
@@ -50,10 +50,6 @@ pub fn attach(ports: &Bus, mmio: &Bus, sink: &Sink) -> bool {
         && ports.insert(layout::I8042_COMMAND_PORT.into(), 1, shared(I8042(sink.clone())))
         && ports.insert(layout::PVPANIC_PORT.into(), 1, shared(PvPanic(sink.clone())))
         && mmio.insert(layout::BOOT_MARK, BOOT_MARK_SIZE, shared(BootMark(sink.clone())))
-}
-
-fn shared<D: BusDevice>(device: D) -> Arc<Mutex<D>> {
-    Arc::new(Mutex::new(device))
 }
 
 /// Sleep control and status (ACPI 6.4, section 4.8.3.7) and the reset register (4.8.3.6).
@@ -163,7 +159,7 @@ mod tests {
     use proptest::prelude::*;
 
     #[derive(Default)]
-    struct Heard(Mutex<Vec<GuestEvent>>);
+    struct Heard(std::sync::Mutex<Vec<GuestEvent>>);
 
     impl EventSink for Heard {
         fn guest_event(&self, event: GuestEvent) {
