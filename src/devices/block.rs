@@ -7,19 +7,19 @@ use virtio_bindings::virtio_blk as blk;
 use vm_memory::{Bytes, GuestAddress};
 use zerocopy::{FromZeros, Immutable, IntoBytes, little_endian as le};
 
+use super::front::Front;
 use super::worker::{Engine, Served, Turn, Worker, serve_each};
 use crate::backend::Disk;
 use crate::backend::disk::SECTOR;
 use crate::config::CacheMode;
 use crate::memory::Ram;
 use crate::observe::guest_warning;
-use crate::virtio::device::read_config_bytes;
-use crate::virtio::{Chain, DeviceKind, QueueResources, QueueState, RingError, VirtioDevice, Virtqueue, feature};
+use crate::virtio::{Chain, DeviceKind, RingError, Virtqueue, feature};
 
-const QUEUES: &[u16] = &[256];
+const QUEUE_SIZE: u16 = 256;
 
 /// A chain holds a header and a status byte besides the data.
-const MAX_SEGMENTS: u32 = QUEUES[0] as u32 - 2;
+const MAX_SEGMENTS: u32 = QUEUE_SIZE as u32 - 2;
 
 const ID_BYTES: usize = blk::VIRTIO_BLK_ID_BYTES as usize;
 
@@ -56,82 +56,43 @@ struct Config {
     unused1: [u8; 3],
 }
 
-pub struct Block {
-    name: String,
-    features: u64,
-    config: Config,
-    worker: Worker,
-}
-
-impl Block {
-    /// A disk that tells its guest `id`, cut to 20 bytes, when asked for its serial number; without one, a
-    /// number made from the path.
-    pub fn new(name: String, disk: Disk, id: Option<&str>, cache: CacheMode) -> io::Result<Self> {
-        let mut features = feature::RING
-            | 1 << blk::VIRTIO_BLK_F_SEG_MAX
-            | 1 << blk::VIRTIO_BLK_F_BLK_SIZE
-            | 1 << blk::VIRTIO_BLK_F_TOPOLOGY;
-        if disk.read_only() {
-            features |= 1 << blk::VIRTIO_BLK_F_RO;
-        } else {
-            // Whether the host's file system can discard is only known when it is tried: a request that it
-            // refuses is answered with UNSUPP. Zeroes can always be written.
-            features |= 1 << blk::VIRTIO_BLK_F_DISCARD | 1 << blk::VIRTIO_BLK_F_WRITE_ZEROES;
-            if cache == CacheMode::Writeback {
-                features |= 1 << blk::VIRTIO_BLK_F_FLUSH;
-            }
+/// A disk that tells its guest `id`, cut to 20 bytes, when asked for its serial number; without one, a
+/// number made from the path.
+pub fn device(name: String, disk: Disk, id: Option<&str>, cache: CacheMode) -> io::Result<Front> {
+    let mut features = feature::RING
+        | 1 << blk::VIRTIO_BLK_F_SEG_MAX
+        | 1 << blk::VIRTIO_BLK_F_BLK_SIZE
+        | 1 << blk::VIRTIO_BLK_F_TOPOLOGY;
+    if disk.read_only() {
+        features |= 1 << blk::VIRTIO_BLK_F_RO;
+    } else {
+        // Whether the host's file system can discard is only known when it is tried: a request that it
+        // refuses is answered with UNSUPP. Zeroes can always be written.
+        features |= 1 << blk::VIRTIO_BLK_F_DISCARD | 1 << blk::VIRTIO_BLK_F_WRITE_ZEROES;
+        if cache == CacheMode::Writeback {
+            features |= 1 << blk::VIRTIO_BLK_F_FLUSH;
         }
-        // The host's block in sectors, if it is a sensible number: a power of two up to 64 KiB.
-        let block = disk.block_size() / SECTOR;
-        let block = if block.is_power_of_two() && block <= 128 { block as u32 } else { 1 };
-        let mut config = Config::new_zeroed();
-        config.capacity = (disk.bytes() / SECTOR).into();
-        config.seg_max = MAX_SEGMENTS.into();
-        config.blk_size = (SECTOR as u32).into();
-        config.physical_block_exp = block.ilog2() as u8;
-        config.min_io_size = (block as u16).into();
-        if !disk.read_only() {
-            config.max_discard_sectors = MAX_DISCARD_SECTORS.into();
-            config.max_discard_seg = MAX_DISCARD_RANGES.into();
-            config.discard_sector_alignment = block.into();
-            config.max_write_zeroes_sectors = MAX_ZEROES_SECTORS.into();
-            config.max_write_zeroes_seg = MAX_ZEROES_RANGES.into();
-            config.write_zeroes_may_unmap = 1;
-        }
-        let engine = BlockEngine::new(name.clone(), disk, id, cache);
-        let worker = Worker::spawn(&name, Box::new(engine), QUEUES)?;
-        Ok(Self { name, features, config, worker })
     }
-}
-
-impl VirtioDevice for Block {
-    fn kind(&self) -> DeviceKind {
-        DeviceKind::Block
+    // The host's block in sectors, if it is a sensible number: a power of two up to 64 KiB.
+    let block = disk.block_size() / SECTOR;
+    let block = if block.is_power_of_two() && block <= 128 { block as u32 } else { 1 };
+    let mut config = Config::new_zeroed();
+    config.capacity = (disk.bytes() / SECTOR).into();
+    config.seg_max = MAX_SEGMENTS.into();
+    config.blk_size = (SECTOR as u32).into();
+    config.physical_block_exp = block.ilog2() as u8;
+    config.min_io_size = (block as u16).into();
+    if !disk.read_only() {
+        config.max_discard_sectors = MAX_DISCARD_SECTORS.into();
+        config.max_discard_seg = MAX_DISCARD_RANGES.into();
+        config.discard_sector_alignment = block.into();
+        config.max_write_zeroes_sectors = MAX_ZEROES_SECTORS.into();
+        config.max_write_zeroes_seg = MAX_ZEROES_RANGES.into();
+        config.write_zeroes_may_unmap = 1;
     }
-
-    fn name(&self) -> &str {
-        &self.name
-    }
-
-    fn features(&self) -> u64 {
-        self.features
-    }
-
-    fn queue_sizes(&self) -> &[u16] {
-        QUEUES
-    }
-
-    fn read_config(&self, offset: usize, data: &mut [u8]) {
-        read_config_bytes(self.config.as_bytes(), offset, data);
-    }
-
-    fn start_queue(&mut self, index: u16, resources: QueueResources, state: Option<QueueState>) -> io::Result<()> {
-        self.worker.start(index, resources, state)
-    }
-
-    fn stop_queue(&mut self, index: u16) -> Option<QueueState> {
-        self.worker.stop(index)
-    }
+    let engine = BlockEngine::new(name.clone(), disk, id, cache);
+    let worker = Worker::spawn(&name, Box::new(engine), &[(0, QUEUE_SIZE)])?;
+    Ok(Front::new(DeviceKind::Block, name, features, config.as_bytes().to_vec(), vec![Box::new(worker)]))
 }
 
 /// Why a request was not done.

@@ -1,15 +1,13 @@
-//! One virtio device per file, each a [`VirtioDevice`](crate::virtio::VirtioDevice): [`Block`], [`Net`], [`Rng`].
-//! A device is two things: a front that answers the transport, and an [`Engine`](worker::Engine) that serves
-//! the queues on the device's own thread.
+//! One virtio device per file: [`block`], [`net`], [`rng`]. Each is a [`Front`] that answers the transport, and
+//! behind it what serves the queues: [`Engine`](worker::Engine)s on threads of the device's own.
 
-mod block;
-mod net;
-mod rng;
+pub mod block;
+mod front;
+pub mod net;
+pub mod rng;
 pub mod worker;
 
 #[cfg(test)]
 mod conformance;
 
-pub use block::Block;
-pub use net::{Net, NetOptions};
-pub use rng::Rng;
+pub use front::Front;

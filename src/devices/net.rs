@@ -9,18 +9,19 @@ use rustix::rand::{GetRandomFlags, getrandom};
 use virtio_bindings::virtio_net as net;
 use zerocopy::{Immutable, IntoBytes, little_endian as le};
 
+use super::front::Front;
 use super::worker::{Engine, Served, Source, Turn, Worker, serve_each};
 use crate::backend::tap::HEADER_BYTES;
 use crate::backend::{Offloads, Tap};
 use crate::config::MacAddress;
 use crate::memory::{IoBuf, Ram};
 use crate::observe::guest_warning;
-use crate::virtio::device::read_config_bytes;
-use crate::virtio::{Chain, DeviceKind, QueueResources, QueueState, RingError, VirtioDevice, Virtqueue, feature};
+use crate::virtio::{Chain, DeviceKind, RingError, Virtqueue, feature};
 
-/// The queue that receives; the other one sends.
+/// The queue that receives, and the one that sends.
 const RX: u16 = 0;
-const QUEUES: &[u16] = &[256, 256];
+const TX: u16 = 1;
+const QUEUE_SIZE: u16 = 256;
 
 /// Where the header counts the buffers that a received packet takes (`num_buffers`).
 const NUM_BUFFERS_AT: usize = 10;
@@ -33,7 +34,7 @@ const MAX_PACKET: usize = 65550 + HEADER_BYTES;
 const MIN_PACKET: usize = ETHERNET_HEADER + HEADER_BYTES;
 
 /// Most host vectors that receive buffers may take: a chain more and `readv` would not see them all.
-const MAX_VECTORS: usize = libc::UIO_MAXIOV as usize - 2 * QUEUES[0] as usize;
+const MAX_VECTORS: usize = libc::UIO_MAXIOV as usize - 2 * QUEUE_SIZE as usize;
 
 /// The smallest MTU that may be announced (section 5.1.4.1).
 const MIN_MTU: u16 = 68;
@@ -56,54 +57,39 @@ pub struct NetOptions {
     pub mtu: Option<u16>,
 }
 
-pub struct Net {
-    name: String,
-    features: u64,
-    config: Config,
-    worker: Worker,
-}
-
-impl Net {
-    pub fn new(name: String, tap: Tap, options: NetOptions) -> io::Result<Self> {
-        let mac = match options.mac {
-            Some(mac) => mac.0,
-            None => random_mac()?,
-        };
-        let mtu = options.mtu.unwrap_or(tap.mtu());
-        // A tap takes any packet with a header, whatever the host then has to do to it.
-        let mut features = feature::RING
-            | 1 << net::VIRTIO_NET_F_MAC
-            | 1 << net::VIRTIO_NET_F_STATUS
-            | 1 << net::VIRTIO_NET_F_MRG_RXBUF
-            | 1 << net::VIRTIO_NET_F_CSUM
-            | 1 << net::VIRTIO_NET_F_HOST_TSO4
-            | 1 << net::VIRTIO_NET_F_HOST_TSO6
-            | 1 << net::VIRTIO_NET_F_HOST_ECN;
-        if tap.can_offload() {
-            features |= 1 << net::VIRTIO_NET_F_GUEST_CSUM
-                | 1 << net::VIRTIO_NET_F_GUEST_TSO4
-                | 1 << net::VIRTIO_NET_F_GUEST_TSO6
-                | 1 << net::VIRTIO_NET_F_GUEST_ECN;
-        }
-        if mtu >= MIN_MTU {
-            features |= 1 << net::VIRTIO_NET_F_MTU;
-        }
-        let config = Config {
-            mac,
-            status: (net::VIRTIO_NET_S_LINK_UP as u16).into(),
-            max_virtqueue_pairs: 1.into(),
-            mtu: mtu.into(),
-        };
-        let engine = NetEngine::new(name.clone(), tap, mtu);
-        let worker = Worker::spawn(&name, Box::new(engine), QUEUES)?;
-        Ok(Self { name, features, config, worker })
+pub fn device(name: String, tap: Tap, options: NetOptions) -> io::Result<Front> {
+    let mac = match options.mac {
+        Some(mac) => mac.0,
+        None => random_mac()?,
+    };
+    let mtu = options.mtu.unwrap_or(tap.mtu());
+    // A tap takes any packet with a header, whatever the host then has to do to it.
+    let mut features = feature::RING
+        | 1 << net::VIRTIO_NET_F_MAC
+        | 1 << net::VIRTIO_NET_F_STATUS
+        | 1 << net::VIRTIO_NET_F_MRG_RXBUF
+        | 1 << net::VIRTIO_NET_F_CSUM
+        | 1 << net::VIRTIO_NET_F_HOST_TSO4
+        | 1 << net::VIRTIO_NET_F_HOST_TSO6
+        | 1 << net::VIRTIO_NET_F_HOST_ECN;
+    if tap.can_offload() {
+        features |= 1 << net::VIRTIO_NET_F_GUEST_CSUM
+            | 1 << net::VIRTIO_NET_F_GUEST_TSO4
+            | 1 << net::VIRTIO_NET_F_GUEST_TSO6
+            | 1 << net::VIRTIO_NET_F_GUEST_ECN;
     }
-
-    /// The address the guest is told.
-    #[must_use]
-    pub fn mac(&self) -> MacAddress {
-        MacAddress(self.config.mac)
+    if mtu >= MIN_MTU {
+        features |= 1 << net::VIRTIO_NET_F_MTU;
     }
+    let config = Config {
+        mac,
+        status: (net::VIRTIO_NET_S_LINK_UP as u16).into(),
+        max_virtqueue_pairs: 1.into(),
+        mtu: mtu.into(),
+    };
+    let engine = NetEngine::new(name.clone(), tap, mtu);
+    let worker = Worker::spawn(&name, Box::new(engine), &[(RX, QUEUE_SIZE), (TX, QUEUE_SIZE)])?;
+    Ok(Front::new(DeviceKind::Net, name, features, config.as_bytes().to_vec(), vec![Box::new(worker)]))
 }
 
 fn random_mac() -> io::Result<[u8; 6]> {
@@ -112,36 +98,6 @@ fn random_mac() -> io::Result<[u8; 6]> {
     // Locally administered, and one station's own.
     mac[0] = mac[0] & 0xfc | 0x02;
     Ok(mac)
-}
-
-impl VirtioDevice for Net {
-    fn kind(&self) -> DeviceKind {
-        DeviceKind::Net
-    }
-
-    fn name(&self) -> &str {
-        &self.name
-    }
-
-    fn features(&self) -> u64 {
-        self.features
-    }
-
-    fn queue_sizes(&self) -> &[u16] {
-        QUEUES
-    }
-
-    fn read_config(&self, offset: usize, data: &mut [u8]) {
-        read_config_bytes(self.config.as_bytes(), offset, data);
-    }
-
-    fn start_queue(&mut self, index: u16, resources: QueueResources, state: Option<QueueState>) -> io::Result<()> {
-        self.worker.start(index, resources, state)
-    }
-
-    fn stop_queue(&mut self, index: u16) -> Option<QueueState> {
-        self.worker.stop(index)
-    }
 }
 
 /// Receive buffers taken from the ring before it is known how many of them the next packet needs.
@@ -272,7 +228,7 @@ impl Engine for NetEngine {
         let longest_frame = ETHERNET_HEADER + VLAN_TAG + usize::from(self.mtu.max(self.tap.mtu()));
         self.held = Some(Held {
             buffers: IoBuf::new(ram.clone()),
-            chains: VecDeque::with_capacity(QUEUES[0].into()),
+            chains: VecDeque::with_capacity(QUEUE_SIZE.into()),
             mergeable: has(net::VIRTIO_NET_F_MRG_RXBUF),
             max_packet: if offloads.tso4 || offloads.tso6 { MAX_PACKET } else { HEADER_BYTES + longest_frame },
         });

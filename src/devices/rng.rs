@@ -4,52 +4,18 @@ use std::io;
 
 use rustix::rand::{GetRandomFlags, getrandom};
 
+use super::front::Front;
 use super::worker::{Engine, Served, Turn, Worker, serve_each};
-use crate::virtio::{Chain, DeviceKind, QueueResources, QueueState, RingError, VirtioDevice, Virtqueue, feature};
+use crate::virtio::{Chain, DeviceKind, RingError, Virtqueue, feature};
 
-const QUEUES: &[u16] = &[64];
+const QUEUES: &[(u16, u16)] = &[(0, 64)];
 
 /// Most bytes per request; the driver asks again for more. Linux asks for a few dozen.
 const MAX_BYTES: usize = 4096;
 
-pub struct Rng {
-    name: String,
-    worker: Worker,
-}
-
-impl Rng {
-    pub fn new(name: String) -> io::Result<Self> {
-        let worker = Worker::spawn(&name, Box::new(RngEngine), QUEUES)?;
-        Ok(Self { name, worker })
-    }
-}
-
-impl VirtioDevice for Rng {
-    fn kind(&self) -> DeviceKind {
-        DeviceKind::Rng
-    }
-
-    fn name(&self) -> &str {
-        &self.name
-    }
-
-    fn features(&self) -> u64 {
-        feature::RING
-    }
-
-    fn queue_sizes(&self) -> &[u16] {
-        QUEUES
-    }
-
-    fn read_config(&self, _offset: usize, _data: &mut [u8]) {}
-
-    fn start_queue(&mut self, index: u16, resources: QueueResources, state: Option<QueueState>) -> io::Result<()> {
-        self.worker.start(index, resources, state)
-    }
-
-    fn stop_queue(&mut self, index: u16) -> Option<QueueState> {
-        self.worker.stop(index)
-    }
+pub fn device(name: String) -> io::Result<Front> {
+    let worker = Worker::spawn(&name, Box::new(RngEngine), QUEUES)?;
+    Ok(Front::new(DeviceKind::Rng, name, feature::RING, Vec::new(), vec![Box::new(worker)]))
 }
 
 pub(super) struct RngEngine;

@@ -23,6 +23,7 @@ use std::thread::JoinHandle;
 use vmm_sys_util::epoll::{ControlOperation, Epoll, EpollEvent, EventSet};
 use vmm_sys_util::eventfd::{EFD_CLOEXEC, EFD_NONBLOCK, EventFd};
 
+use super::front::QueueServer;
 use crate::memory::Ram;
 use crate::virtio::{Chain, QueueResources, QueueState, RingError, Virtqueue};
 
@@ -117,14 +118,14 @@ pub fn serve_each(
 }
 
 enum Command {
-    Start { index: u16, running: Box<Running>, reply: SyncSender<io::Result<()>> },
+    Start { running: Box<Running>, reply: SyncSender<io::Result<()>> },
     Stop { index: u16, reply: SyncSender<Option<QueueState>> },
     Quit,
 }
 
 /// The device's end of its thread. Dropping it ends the thread, after the request in hand.
 pub struct Worker {
-    sizes: &'static [u16],
+    queues: Vec<(u16, u16)>,
     commands: Sender<Command>,
     called: Arc<AtomicBool>,
     bell: EventFd,
@@ -132,42 +133,23 @@ pub struct Worker {
 }
 
 impl Worker {
-    /// Starts the thread, called `name`, for queues of at most `sizes` entries.
-    pub fn spawn(name: &str, engine: Box<dyn Engine>, sizes: &'static [u16]) -> io::Result<Self> {
+    /// Starts the thread, called `name`, for these queues: index and largest size of each.
+    pub fn spawn(name: &str, engine: Box<dyn Engine>, queues: &[(u16, u16)]) -> io::Result<Self> {
         let bell = EventFd::new(EFD_NONBLOCK | EFD_CLOEXEC)?;
         let epoll = Epoll::new()?;
         watch(&epoll, ControlOperation::Add, bell.as_raw_fd(), BELL, EventSet::IN)?;
         let source = engine.source();
         if let Some(Source { queue, fd }) = source {
-            watch(&epoll, ControlOperation::Add, fd, queue.into(), EventSet::empty())?;
+            let slot = queues.iter().position(|&(index, _)| index == queue).ok_or(io::ErrorKind::InvalidInput)?;
+            watch(&epoll, ControlOperation::Add, fd, slot as u64, EventSet::empty())?;
         }
         let called = Arc::new(AtomicBool::new(false));
         let (commands, inbox) = mpsc::channel();
-        let queues = sizes.iter().map(|_| None).collect();
+        let slots = queues.iter().map(|&(index, _)| Slot { index, running: None }).collect();
         let service =
-            Service { engine, epoll, queues, ready: 0, source, listening: false, called: called.clone(), inbox };
+            Service { engine, epoll, slots, ready: 0, source, listening: false, called: called.clone(), inbox };
         let thread = std::thread::Builder::new().name(name.into()).stack_size(STACK).spawn(move || service.run())?;
-        Ok(Self { sizes, commands, called, bell, thread: Some(thread) })
-    }
-
-    /// See [`VirtioDevice::start_queue`](crate::virtio::VirtioDevice::start_queue).
-    pub fn start(&self, index: u16, resources: QueueResources, state: Option<QueueState>) -> io::Result<()> {
-        let max_size = *self.sizes.get(usize::from(index)).ok_or(io::ErrorKind::InvalidInput)?;
-        let queue = Virtqueue::new(index, max_size, &resources, state)
-            .map_err(|error| io::Error::new(io::ErrorKind::InvalidInput, error))?;
-        let running = Box::new(Running {
-            chain: Chain::new(queue.ram()),
-            queue,
-            kick: resources.kick,
-            features: resources.features,
-            broken: false,
-        });
-        self.call(|reply| Command::Start { index, running, reply })?
-    }
-
-    /// See [`VirtioDevice::stop_queue`](crate::virtio::VirtioDevice::stop_queue).
-    pub fn stop(&self, index: u16) -> Option<QueueState> {
-        self.call(|reply| Command::Stop { index, reply }).ok().flatten()
+        Ok(Self { queues: queues.to_vec(), commands, called, bell, thread: Some(thread) })
     }
 
     /// Sends a command and waits for the reply.
@@ -181,6 +163,30 @@ impl Worker {
         self.commands.send(command).map_err(|_| io::ErrorKind::BrokenPipe)?;
         self.called.store(true, Ordering::Release);
         self.bell.write(1)
+    }
+}
+
+impl QueueServer for Worker {
+    fn queues(&self) -> &[(u16, u16)] {
+        &self.queues
+    }
+
+    fn start(&mut self, index: u16, resources: QueueResources, state: Option<QueueState>) -> io::Result<()> {
+        let max_size = self.queues.iter().find(|queue| queue.0 == index).ok_or(io::ErrorKind::InvalidInput)?.1;
+        let queue = Virtqueue::new(index, max_size, &resources, state)
+            .map_err(|error| io::Error::new(io::ErrorKind::InvalidInput, error))?;
+        let running = Box::new(Running {
+            chain: Chain::new(queue.ram()),
+            queue,
+            kick: resources.kick,
+            features: resources.features,
+            broken: false,
+        });
+        self.call(|reply| Command::Start { running, reply })?
+    }
+
+    fn stop(&mut self, index: u16) -> Option<QueueState> {
+        self.call(|reply| Command::Stop { index, reply }).ok().flatten()
     }
 }
 
@@ -204,15 +210,21 @@ struct Running {
     broken: bool,
 }
 
-/// `epoll` data of the bell; all else is the index of the queue that has work.
+/// A queue of the device, running or not.
+struct Slot {
+    index: u16,
+    running: Option<Box<Running>>,
+}
+
+/// `epoll` data of the bell; all else is the slot of the queue that has work.
 const BELL: u64 = u64::MAX;
 
 /// What the thread owns.
 struct Service {
     engine: Box<dyn Engine>,
     epoll: Epoll,
-    queues: Vec<Option<Box<Running>>>,
-    /// One bit per queue that has to be served.
+    slots: Vec<Slot>,
+    /// One bit per slot whose queue has to be served.
     ready: u64,
     /// The engine's source, and whether it is listened to.
     source: Option<Source>,
@@ -239,38 +251,43 @@ impl Service {
                 while let Ok(command) = self.inbox.try_recv() {
                     match command {
                         // Nobody waits for the reply only if the device is gone, and then we are asked to quit.
-                        Command::Start { index, running, reply } => drop(reply.send(self.start(index, running))),
+                        Command::Start { running, reply } => drop(reply.send(self.start(running))),
                         Command::Stop { index, reply } => drop(reply.send(self.stop(index))),
                         Command::Quit => return,
                     }
                 }
             }
-            for index in 0..self.queues.len() {
-                if self.ready & (1 << index) != 0 {
-                    self.ready &= !(1 << index);
-                    self.serve(index);
+            for slot in 0..self.slots.len() {
+                if self.ready & (1 << slot) != 0 {
+                    self.ready &= !(1 << slot);
+                    self.serve(slot);
                 }
             }
         }
     }
 
-    fn start(&mut self, index: u16, running: Box<Running>) -> io::Result<()> {
-        let slot = &mut self.queues[usize::from(index)];
-        if slot.is_some() {
+    fn slot_of(&self, index: u16) -> Option<usize> {
+        self.slots.iter().position(|slot| slot.index == index)
+    }
+
+    fn start(&mut self, running: Box<Running>) -> io::Result<()> {
+        let slot = self.slot_of(running.queue.index()).ok_or(io::ErrorKind::InvalidInput)?;
+        if self.slots[slot].running.is_some() {
             return Err(io::ErrorKind::AlreadyExists.into());
         }
-        self.engine.start(index, running.features, running.queue.ram())?;
-        watch(&self.epoll, ControlOperation::Add, running.kick.as_raw_fd(), index.into(), EventSet::IN)?;
-        *slot = Some(running);
+        self.engine.start(running.queue.index(), running.features, running.queue.ram())?;
+        watch(&self.epoll, ControlOperation::Add, running.kick.as_raw_fd(), slot as u64, EventSet::IN)?;
+        self.slots[slot].running = Some(running);
         // There may be buffers from before we watched.
-        self.ready |= 1 << index;
+        self.ready |= 1 << slot;
         Ok(())
     }
 
     fn stop(&mut self, index: u16) -> Option<QueueState> {
-        let mut running = self.queues.get_mut(usize::from(index))?.take()?;
-        self.ready &= !(1 << index);
-        self.listen(index, false);
+        let slot = self.slot_of(index)?;
+        let mut running = self.slots[slot].running.take()?;
+        self.ready &= !(1 << slot);
+        self.listen(slot, false);
         self.engine.stop(&mut running.queue);
         if !running.broken {
             running.queue.interrupt();
@@ -279,27 +296,27 @@ impl Service {
         Some(running.queue.state())
     }
 
-    fn serve(&mut self, index: usize) {
-        let Some(running) = self.queues[index].as_mut().filter(|running| !running.broken) else { return };
+    fn serve(&mut self, slot: usize) {
+        let Some(running) = self.slots[slot].running.as_mut().filter(|running| !running.broken) else { return };
         let queue = &mut running.queue;
         queue.disable_kicks();
         let mut turn = Turn { left: TURN, called: &self.called };
         let result = self.engine.serve(queue, &mut running.chain, &mut turn);
         queue.interrupt();
         match result {
-            Ok(Served::TurnOver) => self.ready |= 1 << index,
-            Ok(Served::NoWork) => self.listen(index as u16, true),
+            Ok(Served::TurnOver) => self.ready |= 1 << slot,
+            Ok(Served::NoWork) => self.listen(slot, true),
             Ok(Served::NoBuffers) => {
                 if queue.enable_kicks() {
-                    self.ready |= 1 << index;
+                    self.ready |= 1 << slot;
                 }
-                self.listen(index as u16, false);
+                self.listen(slot, false);
             }
             Err(error) => {
                 running.broken = true;
                 queue.broken(&error);
-                self.listen(index as u16, false);
-                if let Some(running) = &self.queues[index] {
+                self.listen(slot, false);
+                if let Some(running) = &self.slots[slot].running {
                     self.ignore(&running.kick);
                 }
             }
@@ -307,13 +324,14 @@ impl Service {
     }
 
     /// Listens to the engine's source, or no longer, if it works for this queue.
-    fn listen(&mut self, index: u16, listen: bool) {
+    fn listen(&mut self, slot: usize, listen: bool) {
+        let index = self.slots[slot].index;
         let Some(source) = self.source.filter(|source| source.queue == index && self.listening != listen) else {
             return;
         };
         // A change of events looks at the descriptor anew: what came meanwhile is not lost.
         let events = if listen { EventSet::IN } else { EventSet::empty() };
-        if let Err(error) = watch(&self.epoll, ControlOperation::Modify, source.fd, index.into(), events) {
+        if let Err(error) = watch(&self.epoll, ControlOperation::Modify, source.fd, slot as u64, events) {
             tracing::error!("a device's host side cannot be watched: {error}");
         }
         self.listening = listen;

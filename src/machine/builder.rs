@@ -22,7 +22,8 @@ use crate::backend::{HostFile, HostFiles};
 use crate::boot::{self, BootError, BootFile, BootSource, KernelCache};
 use crate::config::{DiskConfig, NetConfig, SerialConfig, VmConfig};
 use crate::cpu::{self, EntryPoint, HostCpuid, Vcpu};
-use crate::devices::{Block, Net, NetOptions, Rng};
+use crate::devices::net::NetOptions;
+use crate::devices::{Front, block, net, rng};
 use crate::memory::{self, Ram};
 use crate::observe::{Milestone, Timeline};
 use crate::platform::acpi::{self, AcpiConfig, AcpiError};
@@ -231,7 +232,7 @@ fn attach_pci(
     for (index, nic) in config.nics.iter().enumerate() {
         devices.push(Box::new(open_net(index, nic, host)?));
     }
-    devices.push(Box::new(Rng::new("rng0".into()).map_err(MachineError::host("make the entropy device"))?));
+    devices.push(Box::new(rng::device("rng0".into()).map_err(MachineError::host("make the entropy device"))?));
 
     let mut root = PciRoot::new(&board.mmio);
     for (slot, device) in (1..).zip(devices) {
@@ -245,16 +246,16 @@ fn attach_pci(
     Ok(())
 }
 
-fn open_block(index: usize, config: &DiskConfig, host: &dyn HostFiles) -> Result<Block, MachineError> {
+fn open_block(index: usize, config: &DiskConfig, host: &dyn HostFiles) -> Result<Front, MachineError> {
     let disk = Disk::open(host, &config.path, config.read_only)?;
-    Block::new(format!("block{index}"), disk, config.id.as_deref(), config.cache)
+    block::device(format!("block{index}"), disk, config.id.as_deref(), config.cache)
         .map_err(MachineError::host("make a block device"))
 }
 
-fn open_net(index: usize, config: &NetConfig, host: &dyn HostFiles) -> Result<Net, MachineError> {
+fn open_net(index: usize, config: &NetConfig, host: &dyn HostFiles) -> Result<Front, MachineError> {
     let tap = Tap::attach(host, &config.tap)?;
     let options = NetOptions { mac: config.mac, mtu: config.mtu };
-    Net::new(format!("net{index}"), tap, options).map_err(MachineError::host("make a network card"))
+    net::device(format!("net{index}"), tap, options).map_err(MachineError::host("make a network card"))
 }
 
 fn create_vcpus(vm: &VmFd, cpuid: &HostCpuid, count: u8, entry: &EntryPoint) -> Result<Vec<Vcpu>, MachineError> {

@@ -8,7 +8,7 @@ use vm_memory::{Bytes, GuestAddress};
 use super::driver::{Ring, memory, readable, writable};
 use super::specimens::{DiskRequests, SECTORS};
 use crate::config::CacheMode;
-use crate::devices::Block;
+use crate::devices::{Front, block};
 use crate::virtio::{VirtioDevice, feature};
 
 const OK: u8 = 0;
@@ -21,14 +21,14 @@ const STATUS: u64 = 0x1f_f000;
 
 struct Client {
     file: DiskRequests,
-    device: Block,
+    device: Front,
     ring: Ring,
 }
 
 impl Client {
     fn new(read_only: bool, id: Option<&str>, cache: CacheMode) -> Self {
         let file = DiskRequests::new();
-        let device = Block::new("block0".into(), file.open(read_only), id, cache).unwrap();
+        let device = block::device("block0".into(), file.open(read_only), id, cache).unwrap();
         let ring = Ring::new(&memory(), 0, 64, device.features());
         let mut client = Self { file, device, ring };
         client.ring.start(&mut client.device, None);

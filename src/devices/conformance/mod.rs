@@ -140,7 +140,7 @@ fn a_state_moves_to_another_device() {
         bench.ring.kick();
         let state = bench.device.stop_queue(bench.ring.index).unwrap();
         // The first one is gone before the second one comes, or a disk would be locked.
-        bench.device = Box::new(crate::devices::Rng::new("gone".into()).unwrap());
+        bench.device = Box::new(crate::devices::rng::device("gone".into()).unwrap());
         bench.device = bench.specimen.device();
         // The kicks of before went to the other machine.
         bench.ring.renew_kick();

@@ -178,7 +178,7 @@ fn the_guest_is_told_its_address_and_mtu() {
 #[expect(unsafe_code, reason = "unshare has no safe wrapper")]
 fn a_real_tap_carries_packets_both_ways() {
     use crate::backend::{OpenDirectly, Tap, TapError};
-    use crate::devices::{Net, NetOptions};
+    use crate::devices::net::{self as nic, NetOptions};
     const ARP: [u8; 2] = [8, 6];
 
     // SAFETY: the flag concerns nothing but this thread's view of the network.
@@ -204,8 +204,9 @@ fn a_real_tap_carries_packets_both_ways() {
     assert!(matches!(attach("tap0"), Err(TapError::Busy(_))));
     assert_eq!((tap.mtu(), tap.can_offload()), (1400, true));
 
-    let mut device = Net::new("net0".into(), tap, NetOptions::default()).unwrap();
-    let mac = device.mac().0;
+    let mut device = nic::device("net0".into(), tap, NetOptions::default()).unwrap();
+    let mut mac = [0; 6];
+    device.read_config(0, &mut mac);
     let ram = memory();
     let (mut rx, mut tx) = (Ring::new(&ram, 0, 64, device.features()), Ring::new(&ram, 1, 64, device.features()));
     rx.start(&mut device, None);

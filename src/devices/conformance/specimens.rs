@@ -12,9 +12,10 @@ use crate::backend::{Disk, OpenDirectly, Tap};
 use crate::config::CacheMode;
 use crate::devices::block::BlockEngine;
 use crate::devices::net::NetEngine;
+use crate::devices::net::NetOptions;
 use crate::devices::rng::RngEngine;
 use crate::devices::worker::Engine;
-use crate::devices::{Block, Net, NetOptions, Rng};
+use crate::devices::{block, net, rng};
 use crate::memory::Ram;
 use crate::virtio::VirtioDevice;
 
@@ -72,7 +73,7 @@ impl Specimen for DiskRequests {
     }
 
     fn device(&self) -> Box<dyn VirtioDevice> {
-        Box::new(Block::new("block0".into(), self.open(false), None, CacheMode::Writeback).unwrap())
+        Box::new(block::device("block0".into(), self.open(false), None, CacheMode::Writeback).unwrap())
     }
 
     fn engine(&self) -> Box<dyn Engine> {
@@ -141,7 +142,7 @@ impl Packets {
     }
 
     pub fn device(&self) -> Box<dyn VirtioDevice> {
-        Box::new(Net::new(self.name.into(), self.tap(), NetOptions::default()).unwrap())
+        Box::new(net::device(self.name.into(), self.tap(), NetOptions::default()).unwrap())
     }
 
     pub fn engine(&self) -> Box<dyn Engine> {
@@ -242,7 +243,7 @@ impl Specimen for Entropy {
     }
 
     fn device(&self) -> Box<dyn VirtioDevice> {
-        Box::new(Rng::new("rng0".into()).unwrap())
+        Box::new(rng::device("rng0".into()).unwrap())
     }
 
     fn engine(&self) -> Box<dyn Engine> {
