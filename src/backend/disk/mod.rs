@@ -5,11 +5,12 @@ use std::io::{self, IoSlice, Seek, SeekFrom};
 use std::os::fd::{AsFd, AsRawFd};
 use std::os::unix::fs::{FileTypeExt, MetadataExt};
 use std::path::{Path, PathBuf};
+use std::sync::atomic::{AtomicBool, Ordering::Relaxed};
 
 use rustix::fs::FallocateFlags;
 use thiserror::Error;
 
-use super::host::{HostFile, HostFiles};
+use crate::backend::host::{HostFile, HostFiles};
 use crate::memory::IoBuf;
 
 /// The unit of a virtio disk's addresses and lengths, in bytes.
@@ -67,8 +68,8 @@ pub struct Disk {
     bytes: u64,
     block_size: u64,
     /// Does the file system know how to read, and to write, without waiting? True until it says no.
-    try_read: bool,
-    try_write: bool,
+    try_read: AtomicBool,
+    try_write: AtomicBool,
 }
 
 impl Disk {
@@ -127,7 +128,15 @@ impl Disk {
             true => rustix::fs::ioctl_blkpbszget(&file).map_or(SECTOR, u64::from),
             false => metadata.blksize(),
         };
-        Ok(Self { file, path, read_only, bytes, block_size, try_read: true, try_write: true })
+        Ok(Self {
+            file,
+            path,
+            read_only,
+            bytes,
+            block_size,
+            try_read: AtomicBool::new(true),
+            try_write: AtomicBool::new(true),
+        })
     }
 
     #[must_use]
@@ -157,12 +166,12 @@ impl Disk {
     ///
     /// # Errors
     /// The host's; `UnexpectedEof` where the file has become shorter than it was.
-    pub fn read(&mut self, buf: &mut IoBuf, offset: u64, before_wait: Option<&mut dyn FnMut()>) -> io::Result<()> {
+    pub fn read(&self, buf: &mut IoBuf, offset: u64, before_wait: Option<&mut dyn FnMut()>) -> io::Result<()> {
         let file = self.file.as_fd();
         transfer(
             buf,
             offset,
-            &mut self.try_read,
+            &self.try_read,
             before_wait,
             |buf, at| buf.try_read_at(file, at),
             |buf, at| buf.read_at(file, at),
@@ -170,12 +179,12 @@ impl Disk {
     }
 
     /// Writes `buf` at byte `offset`, using it up; else as [`Self::read`].
-    pub fn write(&mut self, buf: &mut IoBuf, offset: u64, before_wait: Option<&mut dyn FnMut()>) -> io::Result<()> {
+    pub fn write(&self, buf: &mut IoBuf, offset: u64, before_wait: Option<&mut dyn FnMut()>) -> io::Result<()> {
         let file = self.file.as_fd();
         transfer(
             buf,
             offset,
-            &mut self.try_write,
+            &self.try_write,
             before_wait,
             |buf, at| buf.try_write_at(file, at),
             |buf, at| buf.write_at(file, at),
@@ -238,21 +247,21 @@ impl Disk {
 fn transfer(
     buf: &mut IoBuf,
     mut offset: u64,
-    may_try: &mut bool,
+    may_try: &AtomicBool,
     mut before_wait: Option<&mut dyn FnMut()>,
     attempt: impl Fn(&IoBuf, u64) -> io::Result<usize>,
     complete: impl Fn(&IoBuf, u64) -> io::Result<usize>,
 ) -> io::Result<()> {
     while !buf.is_empty() {
         let n = match &mut before_wait {
-            Some(call) if *may_try => match attempt(buf, offset) {
+            Some(call) if may_try.load(Relaxed) => match attempt(buf, offset) {
                 Err(error) if error.kind() == io::ErrorKind::WouldBlock => {
                     call();
                     before_wait = None;
                     continue;
                 }
                 refused if unsupported(&refused) => {
-                    *may_try = false;
+                    may_try.store(false, Relaxed);
                     continue;
                 }
                 done => done?,
@@ -352,7 +361,7 @@ mod tests {
         let file = tempfile::NamedTempFile::new().unwrap();
         let contents: Vec<u8> = (0..8192u32).map(|i| (i % 251) as u8).collect();
         std::fs::write(file.path(), &contents).unwrap();
-        let mut disk = open(file.path(), false).unwrap();
+        let disk = open(file.path(), false).unwrap();
         let mut buf = IoBuf::new(ram.clone());
         // Four bytes apiece: twice what one system call takes.
         for i in 0..2048 {
