@@ -15,6 +15,7 @@ use kvm_ioctls::{IoEventAddress, NoDatamatch, VmFd};
 use vmm_sys_util::eventfd::{EFD_CLOEXEC, EFD_NONBLOCK, EventFd};
 
 use super::layout::IOAPIC_PINS;
+use crate::virtio::Doorbells;
 use crate::virtio::pci::{MsiMessage, PciHost};
 
 /// KVM's limit (`KVM_MAX_IRQ_ROUTES`), less the pins of the PICs and the IOAPIC.
@@ -58,16 +59,27 @@ impl Interrupts {
     }
 }
 
-impl PciHost for Interrupts {
-    fn attach_doorbell(&self, addr: u64, fd: &EventFd) -> io::Result<()> {
-        Ok(self.vm.register_ioevent(fd, &IoEventAddress::Mmio(addr), NoDatamatch)?)
+impl Doorbells for Interrupts {
+    fn attach_doorbell(&self, addr: u64, value: Option<u32>, fd: &EventFd) -> io::Result<()> {
+        let addr = IoEventAddress::Mmio(addr);
+        match value {
+            None => self.vm.register_ioevent(fd, &addr, NoDatamatch)?,
+            Some(value) => self.vm.register_ioevent(fd, &addr, value)?,
+        }
+        Ok(())
     }
 
-    fn detach_doorbell(&self, addr: u64, fd: &EventFd) {
+    fn detach_doorbell(&self, addr: u64, value: Option<u32>, fd: &EventFd) {
+        let addr = IoEventAddress::Mmio(addr);
         // It was never attached, or the VM is gone: either way nothing listens.
-        let _ = self.vm.unregister_ioevent(fd, &IoEventAddress::Mmio(addr), NoDatamatch);
+        let _ = match value {
+            None => self.vm.unregister_ioevent(fd, &addr, NoDatamatch),
+            Some(value) => self.vm.unregister_ioevent(fd, &addr, value),
+        };
     }
+}
 
+impl PciHost for Interrupts {
     fn allocate_route(&self) -> io::Result<u32> {
         let mut messages = self.messages.lock().unwrap_or_else(PoisonError::into_inner);
         if messages.len() >= MAX_MESSAGES {

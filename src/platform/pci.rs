@@ -15,14 +15,16 @@ const SLOTS: usize = 32;
 /// Vendor, device, class: a host bridge that needs no driver (QEMU's generic PCIe one).
 const HOST_BRIDGE: [u32; 3] = [0x0008_1b36, 0, 0x0600_0000];
 
-struct Slot {
-    function: Arc<Mutex<VirtioPci>>,
-    /// Where its BAR is on the bus.
+/// A function, and where its BAR is on the bus.
+struct Function {
+    virtio: VirtioPci,
     mapped: BarAddress,
 }
 
+type SharedFunction = Arc<Mutex<Function>>;
+
 pub struct PciRoot {
-    slots: [Option<Slot>; SLOTS],
+    slots: [Option<SharedFunction>; SLOTS],
     /// Weak, as this root is on that bus itself: each would keep the other alive, and all devices with them.
     mmio: Weak<Bus>,
     /// What was written to 0xcf8.
@@ -44,53 +46,62 @@ impl PciRoot {
 
     /// Puts a function into a slot, 1 to 31.
     pub fn insert(&mut self, slot: usize, function: VirtioPci) {
-        self.slots[slot] = Some(Slot { function: Arc::new(Mutex::new(function)), mapped: None });
-    }
-
-    fn read_config(&self, slot: usize, offset: u16, data: &mut [u8]) {
-        data.fill(0xff);
-        if slot == 0 {
-            for (i, byte) in data.iter_mut().enumerate() {
-                let at = usize::from(offset) + i;
-                *byte = HOST_BRIDGE.get(at / 4).map_or(0, |word| word.to_le_bytes()[at % 4]);
-            }
-        } else if let Some(slot) = &self.slots[slot] {
-            lock(&slot.function).config_read(offset, data);
-        }
-    }
-
-    fn write_config(&mut self, slot: usize, offset: u16, data: &[u8]) {
-        let Some(slot) = &mut self.slots[slot] else { return };
-        let wanted = {
-            let mut function = lock(&slot.function);
-            function.config_write(offset, data);
-            function.bar_address()
-        };
-        if wanted == slot.mapped {
-            return;
-        }
-        let Some(mmio) = self.mmio.upgrade() else { return };
-        if let Some(old) = slot.mapped.take() {
-            mmio.remove(old);
-        }
-        if let Some(new) = wanted {
-            if mmio.insert(new, BAR_SIZE, slot.function.clone()) {
-                slot.mapped = wanted;
-            } else {
-                crate::observe::guest_warning!("a BAR at {new:#x} would cover another device: it stays unmapped");
-            }
-        }
-        lock(&slot.function).map_doorbells(slot.mapped);
+        self.slots[slot] = Some(Arc::new(Mutex::new(Function { virtio: function, mapped: None })));
     }
 }
 
-impl BusDevice for VirtioPci {
+/// Reads the configuration space. The root is not held meanwhile: a function that waits for its device keeps
+/// nobody from the others.
+fn read_config(root: &Mutex<PciRoot>, slot: usize, offset: u16, data: &mut [u8]) {
+    data.fill(0xff);
+    if slot == 0 {
+        for (i, byte) in data.iter_mut().enumerate() {
+            let at = usize::from(offset) + i;
+            *byte = HOST_BRIDGE.get(at / 4).map_or(0, |word| word.to_le_bytes()[at % 4]);
+        }
+        return;
+    }
+    let function = lock(root).slots[slot].clone();
+    if let Some(function) = function {
+        lock(&function).virtio.config_read(offset, data);
+    }
+}
+
+/// Writes the configuration space, and maps the BAR where it is now.
+fn write_config(root: &Mutex<PciRoot>, slot: usize, offset: u16, data: &[u8]) {
+    let (shared, mmio) = {
+        let root = lock(root);
+        (root.slots[slot].clone(), root.mmio.upgrade())
+    };
+    let (Some(shared), Some(mmio)) = (shared, mmio) else { return };
+    // The bus holds no lock of its own while it waits for a function, so it may be taken under this one.
+    let mut function = lock(&shared);
+    function.virtio.config_write(offset, data);
+    let wanted = function.virtio.bar_address();
+    if wanted == function.mapped {
+        return;
+    }
+    if let Some(old) = function.mapped.take() {
+        mmio.remove(old);
+    }
+    if let Some(new) = wanted {
+        if mmio.insert(new, BAR_SIZE, shared.clone()) {
+            function.mapped = wanted;
+        } else {
+            crate::observe::guest_warning!("a BAR at {new:#x} would cover another device: it stays unmapped");
+        }
+    }
+    let mapped = function.mapped;
+    function.virtio.map_doorbells(mapped);
+}
+
+impl BusDevice for Function {
     fn read(&mut self, offset: u64, data: &mut [u8]) {
-        self.bar_read(offset, data);
+        self.virtio.bar_read(offset, data);
     }
 
     fn write(&mut self, offset: u64, data: &[u8]) {
-        self.bar_write(offset, data);
+        self.virtio.bar_write(offset, data);
     }
 }
 
@@ -109,20 +120,20 @@ impl ConfigPorts {
 
 impl BusDevice for ConfigPorts {
     fn read(&mut self, offset: u64, data: &mut [u8]) {
-        let root = lock(&self.0);
-        if let Some((slot, at)) = Self::target(root.address, offset, data.len()) {
-            root.read_config(slot, at, data);
+        let address = lock(&self.0).address;
+        if let Some((slot, at)) = Self::target(address, offset, data.len()) {
+            read_config(&self.0, slot, at, data);
         } else if offset < DATA_OFFSET && offset as usize + data.len() <= 4 {
-            data.copy_from_slice(&root.address.to_le_bytes()[offset as usize..][..data.len()]);
+            data.copy_from_slice(&address.to_le_bytes()[offset as usize..][..data.len()]);
         }
     }
 
     fn write(&mut self, offset: u64, data: &[u8]) {
-        let mut root = lock(&self.0);
-        if let Some((slot, at)) = Self::target(root.address, offset, data.len()) {
-            root.write_config(slot, at, data);
+        let address = lock(&self.0).address;
+        if let Some((slot, at)) = Self::target(address, offset, data.len()) {
+            write_config(&self.0, slot, at, data);
         } else if let (0, Ok(bytes)) = (offset, data.try_into()) {
-            root.address = u32::from_le_bytes(bytes);
+            lock(&self.0).address = u32::from_le_bytes(bytes);
         }
     }
 }
@@ -141,13 +152,13 @@ impl Ecam {
 impl BusDevice for Ecam {
     fn read(&mut self, offset: u64, data: &mut [u8]) {
         if let Some((slot, at)) = Self::target(offset, data.len()) {
-            lock(&self.0).read_config(slot, at, data);
+            read_config(&self.0, slot, at, data);
         }
     }
 
     fn write(&mut self, offset: u64, data: &[u8]) {
         if let Some((slot, at)) = Self::target(offset, data.len()) {
-            lock(&self.0).write_config(slot, at, data);
+            write_config(&self.0, slot, at, data);
         }
     }
 }

@@ -33,12 +33,30 @@ pub mod status {
 pub struct SharedRegisters {
     status: AtomicU8,
     generation: AtomicU8,
+    isr: AtomicU8,
 }
 
 impl SharedRegisters {
     /// The configuration space has changed: a driver that reads it in parts notices by this number.
     pub fn bump_generation(&self) {
         self.generation.fetch_add(1, Ordering::AcqRel);
+    }
+
+    pub fn driver_is_ready(&self) -> bool {
+        self.status.load(Ordering::Acquire) & status::DRIVER_OK != 0
+    }
+
+    pub fn isr(&self) -> u8 {
+        self.isr.load(Ordering::Acquire)
+    }
+
+    pub fn set_isr(&self, bits: u8) {
+        self.isr.fetch_or(bits, Ordering::AcqRel);
+    }
+
+    /// Clears bits, and returns those that were set before.
+    pub fn clear_isr(&self, bits: u8) -> u8 {
+        self.isr.fetch_and(!bits, Ordering::AcqRel)
     }
 
     /// Sets `DEVICE_NEEDS_RESET`; `true` if it was not set.
@@ -57,6 +75,12 @@ pub struct QueueRegisters {
     pub kick: EventFd,
 }
 
+impl QueueRegisters {
+    pub fn max_size(&self) -> u16 {
+        self.max_size
+    }
+}
+
 /// A device and its registers, without an address.
 pub struct VirtioCore {
     device: Box<dyn VirtioDevice>,
@@ -66,7 +90,8 @@ pub struct VirtioCore {
     pub queues: Vec<QueueRegisters>,
     pub device_feature_select: u32,
     pub driver_feature_select: u32,
-    pub queue_select: u16,
+    /// Any number the driver has chosen, whether there is such a queue or not.
+    pub queue_select: u32,
     driver_features: u64,
 }
 
@@ -100,6 +125,10 @@ impl VirtioCore {
         &*self.device
     }
 
+    pub fn registers(&self) -> &SharedRegisters {
+        &self.shared
+    }
+
     pub fn status(&self) -> u8 {
         self.shared.status.load(Ordering::Acquire)
     }
@@ -128,22 +157,32 @@ impl VirtioCore {
 
     /// The selected queue, while its registers may still be changed.
     pub fn queue_to_configure(&mut self) -> Option<&mut QueueRegisters> {
-        self.queues.get_mut(usize::from(self.queue_select)).filter(|queue| !queue.enabled)
+        self.queues.get_mut(self.queue_select as usize).filter(|queue| !queue.enabled)
     }
 
     pub fn selected_queue(&self) -> Option<&QueueRegisters> {
-        self.queues.get(usize::from(self.queue_select))
+        self.queues.get(self.queue_select as usize)
     }
 
-    /// Enables the selected queue. A driver can only disable it by a reset.
+    /// Enables the selected queue.
     pub fn enable_queue(&mut self) {
-        let index = self.queue_select;
-        if let Some(queue) = self.queues.get_mut(usize::from(index)) {
+        if let Some(queue) = self.queues.get_mut(self.queue_select as usize) {
             queue.enabled = true;
             // Late, but some drivers do it.
             if self.status() & status::DRIVER_OK != 0 {
-                self.start_queue(index);
+                self.start_queue(self.queue_select as u16);
             }
+        }
+    }
+
+    /// Disables the selected queue after the request in hand; its next life begins with an empty ring.
+    pub fn disable_queue(&mut self) {
+        if let Some(queue) = self.queues.get_mut(self.queue_select as usize) {
+            queue.enabled = false;
+            if std::mem::take(&mut queue.running) {
+                self.device.stop_queue(self.queue_select as u16);
+            }
+            let _ = queue.kick.read();
         }
     }
 
@@ -206,6 +245,8 @@ impl VirtioCore {
         (self.device_feature_select, self.driver_feature_select, self.queue_select) = (0, 0, 0);
         self.driver_features = 0;
         self.shared.status.store(0, Ordering::Release);
+        // What was to be told is of no interest any more (virtio 1.2, 2.4.1).
+        self.shared.isr.store(0, Ordering::Release);
     }
 
     pub fn read_config(&self, offset: u64, data: &mut [u8]) {

@@ -47,6 +47,11 @@ pub struct QueueState {
 pub trait DeviceEvents: Send + Sync {
     /// Raises the interrupt of a queue: there are used buffers.
     fn queue_interrupt(&self, queue: u16);
+    /// What raises that interrupt when it is signalled, for a server of the queue that is not in this process.
+    /// `None` where an interrupt needs this process.
+    fn interrupt_fd(&self, _queue: u16) -> Option<EventFd> {
+        None
+    }
     /// The device's configuration space has changed.
     fn config_changed(&self);
     /// The driver broke the rules in a way this device cannot go on from: sets `DEVICE_NEEDS_RESET`.

@@ -1,11 +1,19 @@
-//! The virtio 1.2 device contract, its queues, and the PCI transport.
+//! The virtio 1.2 device contract, its queues, and the two transports.
 
 pub mod core;
 pub mod device;
+pub mod doorbells;
+pub mod mmio;
 pub mod pci;
 pub mod queue;
+pub mod signals;
+#[cfg(test)]
+pub(crate) mod testing;
+#[cfg(test)]
+mod tests;
 
 pub use device::{DeviceEvents, DeviceKind, QueueLayout, QueueResources, QueueState, VirtioDevice};
+pub use doorbells::Doorbells;
 pub use queue::{Chain, RingError, Virtqueue};
 
 /// Feature bits every device offers (virtio 1.2, section 6).

@@ -1,5 +1,5 @@
 use super::*;
-use crate::virtio::pci::testing::{FakeHost, function};
+use crate::virtio::testing::{FakeHost, function};
 use proptest::prelude::*;
 
 struct Pc {
@@ -82,7 +82,7 @@ fn a_bar_goes_where_nothing_else_is() {
     assert!(pc.answers(first));
     pc.move_bar(2, second);
     assert!(pc.answers(second));
-    assert_eq!(pc.hosts[1].doorbells(), [second + 0x3000, second + 0x3004]);
+    assert_eq!(pc.hosts[1].doorbells(), [(second + 0x3000, None), (second + 0x3004, None)]);
 
     // Over another function, over the configuration space, and around the end of the address space.
     for taken in [first, layout::ECAM, !0x7fff] {
@@ -117,7 +117,7 @@ proptest! {
             let (bus, addr) = match way {
                 0 => (&pc.ports, 0xcf8 + offset % 8),
                 1 => (&*pc.mmio, ecam(slot, offset)),
-                _ => (&*pc.mmio, pc.hosts.iter().flat_map(|h| h.doorbells()).next().map_or(value, |bell| bell & !0x7fff | offset << 3)),
+                _ => (&*pc.mmio, pc.hosts.iter().flat_map(|h| h.doorbells()).next().map_or(value, |(bell, _)| bell & !0x7fff | offset << 3)),
             };
             bus.write(addr, data);
             bus.read(addr, &mut data.to_vec());
@@ -125,7 +125,7 @@ proptest! {
                 let on = pc.config_read(slot, 4) & 2 != 0;
                 let bar = u64::from(pc.config_read(slot, 0x14)) << 32 | u64::from(pc.config_read(slot, 0x10) & !0xf);
                 let doorbells = host.doorbells();
-                prop_assert!(doorbells.is_empty() || on && doorbells == [bar + 0x3000, bar + 0x3004]);
+                prop_assert!(doorbells.is_empty() || on && doorbells == [(bar + 0x3000, None), (bar + 0x3004, None)]);
             }
         }
     }

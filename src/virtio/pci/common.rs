@@ -2,8 +2,9 @@
 //!
 //! Fields are accessed at their own width. 64-bit ones may also be read and written by halves, as drivers do.
 
-use super::super::core::VirtioCore;
-use super::msix::Signals;
+use super::msix::{MsixCarrier, NO_VECTOR};
+use crate::virtio::core::VirtioCore;
+use crate::virtio::signals::Source;
 
 const DEVICE_FEATURE_SELECT: u64 = 0x00;
 const DEVICE_FEATURE: u64 = 0x04;
@@ -24,21 +25,21 @@ const QUEUE_DRIVER: u64 = 0x28;
 const END: u64 = 0x38;
 
 /// Reads a register; unknown offsets and widths read as zero.
-pub fn read(core: &VirtioCore, signals: &Signals, offset: u64, data: &mut [u8]) {
+pub fn read(core: &VirtioCore, interrupts: &MsixCarrier, offset: u64, data: &mut [u8]) {
     let queue = core.selected_queue();
     let value: u64 = match (offset, data.len()) {
         (DEVICE_FEATURE_SELECT, 4) => core.device_feature_select.into(),
         (DEVICE_FEATURE, 4) => core.device_features().into(),
         (DRIVER_FEATURE_SELECT, 4) => core.driver_feature_select.into(),
         (DRIVER_FEATURE, 4) => core.driver_features().into(),
-        (CONFIG_MSIX_VECTOR, 2) => signals.vector(None).into(),
+        (CONFIG_MSIX_VECTOR, 2) => interrupts.vector(Source::Config).into(),
         (NUM_QUEUES, 2) => core.queues.len() as u64,
         (DEVICE_STATUS, 1) => core.status().into(),
         (CONFIG_GENERATION, 1) => core.generation().into(),
         (QUEUE_SELECT, 2) => core.queue_select.into(),
         // A size of zero says that there is no such queue.
         (QUEUE_SIZE, 2) => queue.map_or(0, |q| q.layout.size.into()),
-        (QUEUE_MSIX_VECTOR, 2) => signals.vector(Some(core.queue_select)).into(),
+        (QUEUE_MSIX_VECTOR, 2) => selected(core).map_or(NO_VECTOR, |q| interrupts.vector(q)).into(),
         (QUEUE_ENABLE, 2) => queue.map_or(0, |q| q.enabled.into()),
         (QUEUE_NOTIFY_OFF, 2) => queue.map_or(0, |_| core.queue_select.into()),
         (QUEUE_DESC..END, 4 | 8) => queue.map_or(0, |q| {
@@ -58,7 +59,7 @@ pub fn read(core: &VirtioCore, signals: &Signals, offset: u64, data: &mut [u8]) 
 }
 
 /// Writes a register; unknown offsets and widths, and what is read-only now, are ignored.
-pub fn write(core: &mut VirtioCore, signals: &Signals, offset: u64, data: &[u8]) {
+pub fn write(core: &mut VirtioCore, interrupts: &MsixCarrier, offset: u64, data: &[u8]) {
     let mut bytes = [0; 8];
     let n = data.len().min(bytes.len());
     bytes[..n].copy_from_slice(&data[..n]);
@@ -67,20 +68,24 @@ pub fn write(core: &mut VirtioCore, signals: &Signals, offset: u64, data: &[u8])
         (DEVICE_FEATURE_SELECT, 4) => core.device_feature_select = value as u32,
         (DRIVER_FEATURE_SELECT, 4) => core.driver_feature_select = value as u32,
         (DRIVER_FEATURE, 4) => core.set_driver_features(value as u32),
-        (CONFIG_MSIX_VECTOR, 2) => signals.set_vector(None, value as u16),
+        (CONFIG_MSIX_VECTOR, 2) => interrupts.set_vector(Source::Config, value as u16),
         (DEVICE_STATUS, 1) => {
             core.set_status(value as u8);
             if value == 0 {
-                signals.reset();
+                interrupts.reset();
             }
         }
-        (QUEUE_SELECT, 2) => core.queue_select = value as u16,
+        (QUEUE_SELECT, 2) => core.queue_select = value as u32,
         (QUEUE_SIZE, 2) => {
             if let Some(queue) = core.queue_to_configure() {
                 queue.layout.size = value as u16;
             }
         }
-        (QUEUE_MSIX_VECTOR, 2) => signals.set_vector(Some(core.queue_select), value as u16),
+        (QUEUE_MSIX_VECTOR, 2) => {
+            if let Some(queue) = selected(core) {
+                interrupts.set_vector(queue, value as u16);
+            }
+        }
         (QUEUE_ENABLE, 2) if value == 1 => core.enable_queue(),
         (QUEUE_DESC..END, 4 | 8) => {
             if let Some(queue) = core.queue_to_configure() {
@@ -94,6 +99,10 @@ pub fn write(core: &mut VirtioCore, signals: &Signals, offset: u64, data: &[u8])
         }
         _ => {}
     }
+}
+
+fn selected(core: &VirtioCore) -> Option<Source> {
+    u16::try_from(core.queue_select).ok().map(Source::Queue)
 }
 
 /// Replaces the whole of a 64-bit register, or the half that a 4-byte write names.

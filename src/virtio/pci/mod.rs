@@ -23,10 +23,12 @@ use vmm_sys_util::eventfd::EventFd;
 
 use self::config_space::{ConfigSpace, Identity};
 pub use self::msix::MsiMessage;
-use self::msix::{MsixTable, Signals};
+use self::msix::{MsixCarrier, MsixTable};
 use self::window::Window;
 use super::core::{SharedRegisters, VirtioCore};
 use super::device::{DeviceKind, VirtioDevice};
+use super::doorbells::Doorbells;
+use super::signals::Signals;
 use crate::memory::Ram;
 use crate::observe::guest_warning;
 
@@ -42,10 +44,7 @@ const MSIX_PBA: u64 = 0x6000;
 const NOTIFY_MULTIPLIER: u32 = 4;
 
 /// What the function needs of its host: doorbells and message-signalled interrupts.
-pub trait PciHost: Send + Sync {
-    /// Signals `fd` on each guest write to `addr`, without an exit to us.
-    fn attach_doorbell(&self, addr: u64, fd: &EventFd) -> io::Result<()>;
-    fn detach_doorbell(&self, addr: u64, fd: &EventFd);
+pub trait PciHost: Doorbells {
     /// A number for a message route, the function's own for its whole life.
     fn allocate_route(&self) -> io::Result<u32>;
     /// Sends `message` to the guest whenever `fd` is signalled, what is pending there first.
@@ -61,7 +60,7 @@ pub struct VirtioPci {
     config: ConfigSpace,
     window: Window,
     core: VirtioCore,
-    signals: Arc<Signals>,
+    signals: Arc<Signals<MsixCarrier>>,
     msix: MsixTable,
     host: Arc<dyn PciHost>,
     /// Where the doorbells are attached.
@@ -76,7 +75,8 @@ impl VirtioPci {
         let vectors = queues + 1;
         let kind = device.kind();
         let shared = Arc::new(SharedRegisters::default());
-        let signals = Arc::new(Signals::new(vectors, queues, shared.clone(), device.name())?);
+        let carrier = MsixCarrier::new(vectors, queues, shared.clone())?;
+        let signals = Arc::new(Signals::new(device.name(), shared.clone(), carrier));
         let msix = MsixTable::new(signals.clone(), host.clone())?;
         let core = VirtioCore::new(device, ram, shared, signals.clone())?;
         let identity = Identity {
@@ -131,10 +131,10 @@ impl VirtioPci {
         for (index, queue) in self.core.queues.iter().enumerate() {
             let offset = NOTIFY * REGION + index as u64 * u64::from(NOTIFY_MULTIPLIER);
             if let Some(old) = self.doorbells {
-                self.host.detach_doorbell(old + offset, &queue.kick);
+                self.host.detach_doorbell(old + offset, None, &queue.kick);
             }
             if let Some(new) = bar
-                && let Err(error) = self.host.attach_doorbell(new + offset, &queue.kick)
+                && let Err(error) = self.host.attach_doorbell(new + offset, None, &queue.kick)
             {
                 // Notifications then come as exits: slower, but they come.
                 guest_warning!("{}: no doorbell for queue {index}: {error}", self.core.device().name());
@@ -148,10 +148,10 @@ impl VirtioPci {
             MSIX_TABLE..MSIX_PBA => self.msix.read(offset - MSIX_TABLE, data),
             MSIX_PBA.. => self.msix.read_pending(offset - MSIX_PBA, data),
             _ => match (offset / REGION, offset % REGION) {
-                (COMMON, at) => common::read(&self.core, &self.signals, at, data),
+                (COMMON, at) => common::read(&self.core, &self.signals.carrier, at, data),
                 (ISR, 0) => {
                     data.fill(0);
-                    data[0] = self.signals.take_isr();
+                    data[0] = self.core.registers().clear_isr(!0);
                 }
                 (DEVICE, at) => self.core.read_config(at, data),
                 _ => data.fill(0),
@@ -164,7 +164,7 @@ impl VirtioPci {
             MSIX_TABLE..MSIX_PBA => self.msix.write(offset - MSIX_TABLE, data),
             MSIX_PBA.. => {}
             _ => match (offset / REGION, offset % REGION) {
-                (COMMON, at) => common::write(&mut self.core, &self.signals, at, data),
+                (COMMON, at) => common::write(&mut self.core, &self.signals.carrier, at, data),
                 (DEVICE, at) => self.core.write_config(at, data),
                 (NOTIFY, at) => self.core.kick(at / u64::from(NOTIFY_MULTIPLIER)),
                 _ => {}
@@ -180,9 +180,7 @@ impl Drop for VirtioPci {
 }
 
 #[cfg(test)]
-pub(crate) mod testing;
-#[cfg(test)]
-mod tests;
+pub(super) mod tests;
 
 /// Capability types of virtio (virtio 1.2, 4.1.4).
 const CAP_COMMON: u8 = 1;

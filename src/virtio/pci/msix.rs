@@ -6,13 +6,13 @@
 
 use std::io;
 use std::sync::Arc;
-use std::sync::atomic::{AtomicU8, AtomicU16, Ordering};
+use std::sync::atomic::{AtomicU16, Ordering};
 
 use vmm_sys_util::eventfd::{EFD_CLOEXEC, EFD_NONBLOCK, EventFd};
 
 use super::PciHost;
 use crate::virtio::core::SharedRegisters;
-use crate::virtio::device::DeviceEvents;
+use crate::virtio::signals::{Carrier, Signals, Source};
 
 /// "No vector": the queue or the configuration raises no interrupt (virtio 1.2, 4.1.5.1.2).
 pub const NO_VECTOR: u16 = 0xffff;
@@ -23,9 +23,6 @@ const ENTRY_MASKED: u8 = 1;
 const CONTROL_ENABLE: u16 = 1 << 15;
 const CONTROL_MASK_ALL: u16 = 1 << 14;
 
-const ISR_QUEUE: u8 = 1;
-const ISR_CONFIG: u8 = 2;
-
 /// A message: what is written where.
 #[derive(Debug, Clone, Copy, PartialEq, Eq)]
 pub struct MsiMessage {
@@ -34,39 +31,30 @@ pub struct MsiMessage {
 }
 
 /// The device's side: which vector each queue uses, and the eventfds behind the vectors.
-pub struct Signals {
-    name: String,
+pub struct MsixCarrier {
     vectors: Vec<EventFd>,
     queue_vectors: Vec<AtomicU16>,
     config_vector: AtomicU16,
-    isr: AtomicU8,
-    shared: Arc<SharedRegisters>,
+    registers: Arc<SharedRegisters>,
 }
 
-impl Signals {
-    pub fn new(vectors: usize, queues: usize, shared: Arc<SharedRegisters>, name: &str) -> io::Result<Self> {
+impl MsixCarrier {
+    pub fn new(vectors: usize, queues: usize, registers: Arc<SharedRegisters>) -> io::Result<Self> {
         Ok(Self {
-            name: name.to_owned(),
             vectors: (0..vectors).map(|_| EventFd::new(EFD_NONBLOCK | EFD_CLOEXEC)).collect::<io::Result<_>>()?,
             queue_vectors: (0..queues).map(|_| AtomicU16::new(NO_VECTOR)).collect(),
             config_vector: AtomicU16::new(NO_VECTOR),
-            isr: AtomicU8::new(0),
-            shared,
+            registers,
         })
     }
 
-    pub fn take_isr(&self) -> u8 {
-        self.isr.swap(0, Ordering::AcqRel)
-    }
-
-    /// A queue's vector, or the configuration's.
-    pub fn vector(&self, queue: Option<u16>) -> u16 {
-        self.vector_register(queue).map_or(NO_VECTOR, |v| v.load(Ordering::Acquire))
+    pub fn vector(&self, source: Source) -> u16 {
+        self.vector_register(source).map_or(NO_VECTOR, |v| v.load(Ordering::Acquire))
     }
 
     /// Sets it; a vector that is not there becomes none, which the driver reads back.
-    pub fn set_vector(&self, queue: Option<u16>, vector: u16) {
-        if let Some(register) = self.vector_register(queue) {
+    pub fn set_vector(&self, source: Source, vector: u16) {
+        if let Some(register) = self.vector_register(source) {
             let vector = if usize::from(vector) < self.vectors.len() { vector } else { NO_VECTOR };
             register.store(vector, Ordering::Release);
         }
@@ -77,48 +65,39 @@ impl Signals {
         for register in self.queue_vectors.iter().chain([&self.config_vector]) {
             register.store(NO_VECTOR, Ordering::Release);
         }
-        self.isr.store(0, Ordering::Release);
         for fd in &self.vectors {
             let _ = fd.read();
         }
     }
 
-    fn vector_register(&self, queue: Option<u16>) -> Option<&AtomicU16> {
-        match queue {
-            None => Some(&self.config_vector),
-            Some(index) => self.queue_vectors.get(usize::from(index)),
+    fn vector_register(&self, source: Source) -> Option<&AtomicU16> {
+        match source {
+            Source::Config => Some(&self.config_vector),
+            Source::Queue(index) => self.queue_vectors.get(usize::from(index)),
         }
     }
 
-    fn raise(&self, queue: Option<u16>, isr: u8) {
-        let vector = self.vectors.get(usize::from(self.vector(queue)));
+    fn fd(&self, source: Source) -> Option<&EventFd> {
+        self.vectors.get(usize::from(self.vector(source)))
+    }
+}
+
+impl Carrier for MsixCarrier {
+    fn raise(&self, source: Source) {
+        let fd = self.fd(source);
         // A change of the configuration is told both ways (virtio 1.2, 4.1.4.5.1).
-        if vector.is_none() || isr == ISR_CONFIG {
-            self.isr.fetch_or(isr, Ordering::AcqRel);
+        if fd.is_none() || source == Source::Config {
+            self.registers.set_isr(source.isr());
         }
-        if let Some(fd) = vector {
+        if let Some(fd) = fd {
             // It fails only when the counter is full, and then the interrupt is long pending.
             let _ = fd.write(1);
         }
     }
-}
 
-impl DeviceEvents for Signals {
-    fn queue_interrupt(&self, queue: u16) {
-        self.raise(Some(queue), ISR_QUEUE);
-    }
-
-    fn config_changed(&self) {
-        self.shared.bump_generation();
-        self.raise(None, ISR_CONFIG);
-    }
-
-    fn needs_reset(&self, why: &dyn std::fmt::Display) {
-        // Once until the next reset, so a guest cannot fill the log faster than it can reset the device.
-        if self.shared.mark_needs_reset() {
-            crate::observe::guest_warning!("{}: needs a reset: {why}", self.name);
-            self.raise(None, ISR_CONFIG);
-        }
+    /// That of the queue's vector of now: drivers choose vectors before they let a queue run.
+    fn interrupt_fd(&self, queue: u16) -> Option<EventFd> {
+        self.fd(Source::Queue(queue))?.try_clone().ok()
     }
 }
 
@@ -131,19 +110,19 @@ struct Vector {
 /// The driver's side: the table and its masks.
 pub struct MsixTable {
     vectors: Vec<Vector>,
-    signals: Arc<Signals>,
+    signals: Arc<Signals<MsixCarrier>>,
     host: Arc<dyn PciHost>,
     control: u16,
 }
 
 impl MsixTable {
-    pub fn new(signals: Arc<Signals>, host: Arc<dyn PciHost>) -> io::Result<Self> {
+    pub fn new(signals: Arc<Signals<MsixCarrier>>, host: Arc<dyn PciHost>) -> io::Result<Self> {
         let vector = |_: &EventFd| {
             let mut entry = [0; ENTRY];
             entry[CONTROL_OFFSET] = ENTRY_MASKED;
             Ok(Vector { entry, route: host.allocate_route()?, connected: None })
         };
-        let vectors = signals.vectors.iter().map(vector).collect::<io::Result<_>>()?;
+        let vectors = signals.carrier.vectors.iter().map(vector).collect::<io::Result<_>>()?;
         Ok(Self { vectors, signals, host, control: 0 })
     }
 
@@ -174,7 +153,7 @@ impl MsixTable {
 
     pub fn read_pending(&self, offset: u64, data: &mut [u8]) {
         data.fill(0);
-        for (index, (vector, fd)) in self.vectors.iter().zip(&self.signals.vectors).enumerate() {
+        for (index, (vector, fd)) in self.vectors.iter().zip(&self.signals.carrier.vectors).enumerate() {
             let byte = (index / 8) as u64;
             if vector.connected.is_none() && (offset..offset + data.len() as u64).contains(&byte) && is_signalled(fd) {
                 data[(byte - offset) as usize] |= 1 << (index % 8);
@@ -190,7 +169,7 @@ impl MsixTable {
         if wanted == vector.connected {
             return;
         }
-        let fd = &self.signals.vectors[index];
+        let fd = &self.signals.carrier.vectors[index];
         if vector.connected.take().is_some() {
             self.host.disconnect(vector.route, fd);
         }

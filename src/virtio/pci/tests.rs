@@ -1,17 +1,17 @@
 //! The function as a driver meets it: through its configuration space and its BAR alone.
 
-use std::sync::{Arc, Mutex};
+use std::sync::{Arc, Mutex, MutexGuard};
 
 use proptest::prelude::*;
 
-use super::testing::{FakeHost, OWN_FEATURE, QUEUES, Served, function};
 use super::*;
-use crate::virtio::core::status::{ACKNOWLEDGE, DRIVER, DRIVER_OK, FEATURES_OK, NEEDS_RESET};
+use crate::virtio::core::status::{ACKNOWLEDGE, DRIVER, DRIVER_OK, NEEDS_RESET};
 use crate::virtio::feature;
+use crate::virtio::testing::{Driver, FakeHost, QUEUES, Register, Served, function};
 
 const BAR: u64 = 0xd000_0000;
 
-struct Driver {
+pub struct PciDriver {
     function: VirtioPci,
     host: Arc<FakeHost>,
     served: Arc<Mutex<Served>>,
@@ -19,14 +19,48 @@ struct Driver {
 
 /// Offsets of the common configuration.
 const STATUS: u64 = 0x14;
-const QUEUE_SELECT: u64 = 0x16;
 const QUEUE_SIZE: u64 = 0x18;
 const QUEUE_VECTOR: u64 = 0x1a;
-const QUEUE_ENABLE: u64 = 0x1c;
 const QUEUE_DESC: u64 = 0x20;
 
-impl Driver {
-    fn new() -> Self {
+impl Driver for PciDriver {
+    fn get(&mut self, register: Register) -> u64 {
+        match register {
+            Register::DeviceFeatureSelect => self.read::<4>(0x00),
+            Register::DeviceFeatures => self.read::<4>(0x04),
+            Register::DriverFeatureSelect => self.read::<4>(0x08),
+            Register::DriverFeatures => self.read::<4>(0x0c),
+            Register::Status => self.read::<1>(STATUS),
+            Register::Generation => self.read::<1>(0x15),
+            Register::QueueSelect => self.read::<2>(0x16),
+            Register::QueueSize => self.read::<2>(QUEUE_SIZE),
+            Register::QueueReady => self.read::<2>(0x1c),
+            Register::QueueAddress(index) => self.read::<8>(QUEUE_DESC + 8 * u64::from(index)),
+        }
+    }
+
+    fn set(&mut self, register: Register, value: u64) {
+        match register {
+            Register::DeviceFeatureSelect => self.write::<4>(0x00, value),
+            Register::DeviceFeatures => self.write::<4>(0x04, value),
+            Register::DriverFeatureSelect => self.write::<4>(0x08, value),
+            Register::DriverFeatures => self.write::<4>(0x0c, value),
+            Register::Status => self.write::<1>(STATUS, value),
+            Register::Generation => self.write::<1>(0x15, value),
+            Register::QueueSelect => self.write::<2>(0x16, value),
+            Register::QueueSize => self.write::<2>(QUEUE_SIZE, value),
+            Register::QueueReady => self.write::<2>(0x1c, value),
+            Register::QueueAddress(index) => self.write::<8>(QUEUE_DESC + 8 * u64::from(index), value),
+        }
+    }
+
+    fn served(&self) -> MutexGuard<'_, Served> {
+        self.served.lock().unwrap()
+    }
+}
+
+impl PciDriver {
+    pub fn new() -> Self {
         let (function, host, served) = function(BAR);
         Self { function, host, served }
     }
@@ -39,49 +73,6 @@ impl Driver {
 
     fn write<const N: usize>(&mut self, offset: u64, value: u64) {
         self.function.bar_write(offset, &value.to_le_bytes()[..N]);
-    }
-
-    fn status(&mut self) -> u8 {
-        self.read::<1>(STATUS) as u8
-    }
-
-    fn set_status(&mut self, status: u8) -> u8 {
-        self.write::<1>(STATUS, status.into());
-        self.status()
-    }
-
-    fn accept(&mut self, features: u64) {
-        for half in 0..2 {
-            self.write::<4>(0x08, half);
-            self.write::<4>(0x0c, features >> (32 * half) & 0xffff_ffff);
-        }
-    }
-
-    fn offered(&mut self) -> u64 {
-        (0..2).fold(0, |features, half| {
-            self.write::<4>(0x00, half);
-            features | self.read::<4>(0x04) << (32 * half)
-        })
-    }
-
-    /// Lays out a queue, 16 KiB from `at` on, and enables it.
-    fn enable(&mut self, queue: u64, at: u64) {
-        self.write::<2>(QUEUE_SELECT, queue);
-        for (index, offset) in [0, 0x1000, 0x2000].into_iter().enumerate() {
-            self.write::<8>(QUEUE_DESC + 8 * index as u64, at + offset);
-        }
-        self.write::<2>(QUEUE_ENABLE, 1);
-    }
-
-    fn negotiate(&mut self, features: u64) {
-        self.set_status(ACKNOWLEDGE);
-        self.set_status(ACKNOWLEDGE | DRIVER);
-        self.accept(features);
-        self.set_status(ACKNOWLEDGE | DRIVER | FEATURES_OK);
-    }
-
-    fn run(&mut self) -> u8 {
-        self.set_status(ACKNOWLEDGE | DRIVER | FEATURES_OK | DRIVER_OK)
     }
 
     fn config_read(&mut self, offset: u16) -> u32 {
@@ -114,10 +105,6 @@ impl Driver {
         self.write::<4>(at + 8, message.data.into());
         self.write::<4>(at + 12, masked.into());
     }
-
-    fn events(&self) -> Arc<dyn crate::virtio::DeviceEvents> {
-        self.served.lock().unwrap().events.clone().unwrap()
-    }
 }
 
 const MESSAGE: MsiMessage = MsiMessage { address: 0xfee0_1000, data: 0x41 };
@@ -126,7 +113,7 @@ const MSIX_ALL_MASKED: u16 = 1 << 14;
 
 #[test]
 fn the_capabilities_name_structures_within_the_bar() {
-    let mut driver = Driver::new();
+    let mut driver = PciDriver::new();
     let mut kinds = Vec::new();
     for (id, at) in driver.capabilities() {
         if id == config_space::VENDOR_SPECIFIC {
@@ -147,10 +134,10 @@ fn the_capabilities_name_structures_within_the_bar() {
 
 #[test]
 fn the_window_reaches_the_bar_and_nothing_else() {
-    let mut driver = Driver::new();
+    let mut driver = PciDriver::new();
     let capabilities = driver.capabilities();
     let at = capabilities.into_iter().map(|(_, at)| at).find(|&at| driver.config_read(at) >> 24 == 5).unwrap();
-    let aim = |driver: &mut Driver, bar: u8, offset: u32, length: u32| {
+    let aim = |driver: &mut PciDriver, bar: u8, offset: u32, length: u32| {
         driver.function.config_write(at + 4, &[bar]);
         driver.function.config_write(at + 8, &offset.to_le_bytes());
         driver.function.config_write(at + 12, &length.to_le_bytes());
@@ -175,58 +162,8 @@ fn the_window_reaches_the_bar_and_nothing_else() {
 }
 
 #[test]
-fn features_are_what_both_sides_know() {
-    let mut driver = Driver::new();
-    let offered = driver.offered();
-    assert_eq!(offered, feature::RING | OWN_FEATURE);
-    driver.write::<4>(0x00, 2);
-    assert_eq!(driver.read::<4>(0x04), 0, "there are 64 bits");
-
-    for (features, ok) in
-        [(0, false), (OWN_FEATURE, false), (offered | 1 << 40, false), (feature::VERSION_1, true), (offered, true)]
-    {
-        driver.set_status(0);
-        driver.negotiate(features);
-        assert_eq!(driver.status() & FEATURES_OK != 0, ok, "{features:#x}");
-        driver.enable(0, 0x1000);
-        assert_eq!(driver.run() & DRIVER_OK != 0, ok, "{features:#x}");
-        assert_eq!(driver.served.lock().unwrap().running[0], ok.then_some(features));
-        driver.accept(feature::VERSION_1);
-        driver.write::<4>(0x08, 0);
-        let expected = if ok { features as u32 } else { 0 };
-        assert_eq!(driver.read::<4>(0x0c) as u32, expected, "they hold once they are agreed on");
-    }
-}
-
-#[test]
-fn queues_start_with_the_driver_and_end_with_a_reset() {
-    let mut driver = Driver::new();
-    driver.negotiate(feature::VERSION_1);
-    driver.enable(1, 0x4000);
-    assert_eq!(driver.served.lock().unwrap().running, [None, None]);
-    driver.run();
-    driver.run();
-    assert_eq!(driver.served.lock().unwrap().running, [None, Some(feature::VERSION_1)]);
-    driver.enable(0, 0x8000);
-    assert_eq!(driver.served.lock().unwrap().running, [Some(feature::VERSION_1); 2], "late, but it does");
-    driver.write::<8>(QUEUE_DESC, 0x1_0000);
-    driver.write::<2>(QUEUE_SIZE, 8);
-    assert_eq!((driver.read::<8>(QUEUE_DESC), driver.read::<2>(QUEUE_SIZE)), (0x8000, 64), "registers hold");
-
-    driver.write::<2>(QUEUE_VECTOR, 1);
-    assert_eq!(driver.set_status(0), 0);
-    assert_eq!(driver.served.lock().unwrap().running, [None, None]);
-    driver.write::<2>(QUEUE_SELECT, 0);
-    let registers = [QUEUE_DESC, QUEUE_DESC + 8, QUEUE_DESC + 16, QUEUE_ENABLE].map(|at| driver.read::<2>(at));
-    assert_eq!(registers, [0; 4]);
-    assert_eq!((driver.read::<2>(QUEUE_SIZE), driver.read::<2>(QUEUE_VECTOR)), (64, 0xffff));
-    driver.write::<4>(0x08, 1);
-    assert_eq!(driver.read::<4>(0x0c), 0);
-}
-
-#[test]
 fn addresses_go_by_halves_and_queues_that_are_not_there_take_nothing() {
-    let mut driver = Driver::new();
+    let mut driver = PciDriver::new();
     for (at, half) in [(0, 0x1111_1000), (4, 0x22), (8, 0x3333_3000), (12, 0x44), (16, 0x5555_5000), (20, 0x66)] {
         driver.write::<4>(QUEUE_DESC + at, half);
     }
@@ -234,11 +171,11 @@ fn addresses_go_by_halves_and_queues_that_are_not_there_take_nothing() {
     assert_eq!(registers, [0x22_1111_1000, 0x44_3333_3000, 0x66_5555_5000]);
     assert_eq!(driver.read::<4>(QUEUE_DESC + 12), 0x44);
 
-    driver.write::<2>(QUEUE_SELECT, 2);
+    driver.set(Register::QueueSelect, 2);
     assert_eq!(driver.read::<2>(QUEUE_SIZE), 0, "no such queue");
     driver.enable(2, 0x1000);
     driver.write::<2>(QUEUE_VECTOR, 0);
-    assert_eq!((driver.read::<2>(QUEUE_ENABLE), driver.read::<2>(QUEUE_VECTOR)), (0, 0xffff));
+    assert_eq!((driver.get(Register::QueueReady), driver.read::<2>(QUEUE_VECTOR)), (0, 0xffff));
     driver.write::<2>(0x10, 3);
     assert_eq!(driver.read::<2>(0x10), 0xffff, "no such vector");
     driver.write::<2>(0x10, 2);
@@ -249,7 +186,7 @@ fn addresses_go_by_halves_and_queues_that_are_not_there_take_nothing() {
 fn a_queue_that_cannot_be_needs_a_reset() {
     for (size, at) in [(0, 0x1000), (3, 0x1000), (128, 0x1000), (64, 0x1001), (64, 0x10_0000), (64, u64::MAX - 0x2fff)]
     {
-        let mut driver = Driver::new();
+        let mut driver = PciDriver::new();
         driver.set_msix_control(MSIX_ON);
         driver.set_entry(2, MESSAGE, false);
         driver.write::<2>(0x10, 2);
@@ -268,7 +205,7 @@ fn a_queue_that_cannot_be_needs_a_reset() {
 
 #[test]
 fn a_masked_vector_keeps_its_interrupt() {
-    let mut driver = Driver::new();
+    let mut driver = PciDriver::new();
     driver.negotiate(feature::VERSION_1);
     driver.enable(0, 0x1000);
     driver.write::<2>(QUEUE_VECTOR, 1);
@@ -308,7 +245,7 @@ fn a_masked_vector_keeps_its_interrupt() {
 
 #[test]
 fn a_reset_takes_pending_interrupts_with_it() {
-    let mut driver = Driver::new();
+    let mut driver = PciDriver::new();
     let features = driver.offered();
     driver.negotiate(features);
     driver.enable(0, 0);
@@ -321,40 +258,20 @@ fn a_reset_takes_pending_interrupts_with_it() {
     assert_eq!(driver.read::<8>(MSIX_PBA), 0, "no notification after a reset");
 }
 
-/// Every status a driver can write after every other: bits come as the rules have it, and go only all at once.
-#[test]
-fn the_status_only_grows_until_it_is_reset() {
-    for acceptable in [false, true] {
-        for (first, second) in (1..=255u8).flat_map(|a| (0..=255u8).map(move |b| (a, b))) {
-            let mut driver = Driver::new();
-            driver.accept(if acceptable { feature::VERSION_1 } else { feature::VERSION_1 | 1 << 63 });
-            let (old, new) = (driver.set_status(first), driver.set_status(second));
-            let case = format!("{first:#x}, {second:#x}: {old:#x} -> {new:#x}");
-            if second == 0 {
-                assert_eq!(new, 0, "{case}");
-                continue;
-            }
-            assert_eq!(old & !new, 0, "{case}: bits went");
-            assert_eq!(new & !(old | second) | new & NEEDS_RESET, 0, "{case}: bits came by themselves");
-            assert_eq!(new & FEATURES_OK != 0, acceptable && (old | second) & FEATURES_OK != 0, "{case}");
-            assert!(new & DRIVER_OK == 0 || new & FEATURES_OK != 0, "{case}");
-        }
-    }
-}
-
 #[test]
 fn nothing_is_left_of_a_function_that_goes() {
-    let mut driver = Driver::new();
+    let mut driver = PciDriver::new();
     driver.set_msix_control(MSIX_ON);
     driver.set_entry(0, MESSAGE, false);
     driver.function.map_doorbells(Some(BAR));
     driver.negotiate(feature::VERSION_1);
     driver.enable(0, 0x1000);
     driver.run();
-    assert_eq!(driver.host.doorbells(), [BAR + 0x3000, BAR + 0x3004]);
-    drop(driver.function);
-    assert_eq!((driver.host.doorbells().len(), driver.host.connected().len()), (0, 0));
-    assert_eq!(driver.served.lock().unwrap().running, [None, None]);
+    assert_eq!(driver.host.doorbells(), [(BAR + 0x3000, None), (BAR + 0x3004, None)]);
+    let PciDriver { function, host, served } = driver;
+    drop(function);
+    assert_eq!((host.doorbells().len(), host.connected().len()), (0, 0));
+    assert_eq!(served.lock().unwrap().running, [None, None]);
 }
 
 #[derive(Debug, Clone)]
@@ -391,7 +308,7 @@ proptest! {
     /// driver.
     #[test]
     fn no_access_breaks_the_function(accesses in prop::collection::vec(access(), 0..200)) {
-        let mut driver = Driver::new();
+        let mut driver = PciDriver::new();
         for access in accesses {
             match access {
                 Access::Config { at, data } => {
@@ -399,8 +316,8 @@ proptest! {
                     driver.function.config_read(at, &mut vec![0; data.len()]);
                     let bar = driver.function.bar_address();
                     driver.function.map_doorbells(bar);
-                    let doorbells: Vec<u64> =
-                        bar.into_iter().flat_map(|bar| [bar + 0x3000, bar + 0x3004]).collect();
+                    let doorbells: Vec<_> =
+                        bar.into_iter().flat_map(|bar| [(bar + 0x3000, None), (bar + 0x3004, None)]).collect();
                     prop_assert_eq!(driver.host.doorbells(), doorbells);
                 }
                 Access::Bar { at, data } => {
@@ -416,7 +333,7 @@ proptest! {
                 prop_assert_eq!(driver.host.connected().remove(&(vector as u32)), unmasked.then_some(message));
             }
             if driver.status() & DRIVER_OK == 0 {
-                prop_assert_eq!(driver.served.lock().unwrap().running, [None, None]);
+                prop_assert_eq!(driver.running(), [None, None]);
             }
         }
     }

@@ -1,0 +1,225 @@
+//! A host and a device that write down what a transport asks of them, and a driver that knows registers by name.
+
+use std::collections::{BTreeMap, BTreeSet};
+use std::io;
+use std::os::fd::AsRawFd;
+use std::sync::{Arc, Mutex, MutexGuard};
+
+use vm_memory::GuestAddress;
+use vmm_sys_util::eventfd::{EFD_NONBLOCK, EventFd};
+
+use super::core::status::{ACKNOWLEDGE, DRIVER, DRIVER_OK, FEATURES_OK};
+use super::mmio::VirtioMmio;
+use super::pci::{MsiMessage, PciHost, VirtioPci};
+use super::{DeviceEvents, DeviceKind, Doorbells, QueueResources, QueueState, VirtioDevice, Virtqueue, feature};
+use crate::memory::{Ram, anonymous};
+
+#[derive(Default)]
+pub struct FakeHost(Mutex<Host>);
+
+#[derive(Default)]
+struct Host {
+    routes: u32,
+    doorbells: BTreeSet<(u64, Option<u32>)>,
+    /// By route: the message, and the eventfd KVM would listen to.
+    connected: BTreeMap<u32, (MsiMessage, EventFd)>,
+}
+
+impl FakeHost {
+    /// Addresses and values that are listened to.
+    pub fn doorbells(&self) -> Vec<(u64, Option<u32>)> {
+        self.0.lock().unwrap().doorbells.iter().copied().collect()
+    }
+
+    pub fn connected(&self) -> BTreeMap<u32, MsiMessage> {
+        self.0.lock().unwrap().connected.iter().map(|(&route, &(message, _))| (route, message)).collect()
+    }
+
+    /// How many messages a route has to send, as KVM would take them.
+    pub fn sent(&self, route: u32) -> u64 {
+        self.0.lock().unwrap().connected[&route].1.read().unwrap_or(0)
+    }
+}
+
+/// No descriptor may live on in a program that is started later.
+fn assert_closed_on_exec(fd: &EventFd) {
+    // In octal.
+    let info = std::fs::read_to_string(format!("/proc/self/fdinfo/{}", fd.as_raw_fd())).unwrap();
+    let flags = info.lines().find_map(|line| line.strip_prefix("flags:")).unwrap();
+    let flags = i32::from_str_radix(flags.trim(), 8).unwrap();
+    assert_ne!(flags & libc::O_CLOEXEC, 0, "flags {flags:o}");
+}
+
+impl Doorbells for FakeHost {
+    fn attach_doorbell(&self, addr: u64, value: Option<u32>, fd: &EventFd) -> io::Result<()> {
+        assert_closed_on_exec(fd);
+        assert!(self.0.lock().unwrap().doorbells.insert((addr, value)), "two doorbells at {addr:#x}");
+        Ok(())
+    }
+
+    fn detach_doorbell(&self, addr: u64, value: Option<u32>, _fd: &EventFd) {
+        assert!(self.0.lock().unwrap().doorbells.remove(&(addr, value)), "no doorbell at {addr:#x}");
+    }
+}
+
+impl PciHost for FakeHost {
+    fn allocate_route(&self) -> io::Result<u32> {
+        let mut host = self.0.lock().unwrap();
+        host.routes += 1;
+        Ok(host.routes - 1)
+    }
+
+    fn connect(&self, route: u32, message: MsiMessage, fd: &EventFd) -> io::Result<()> {
+        assert_closed_on_exec(fd);
+        let old = self.0.lock().unwrap().connected.insert(route, (message, fd.try_clone()?));
+        assert!(old.is_none(), "route {route} connected twice");
+        Ok(())
+    }
+
+    fn disconnect(&self, route: u32, _fd: &EventFd) {
+        assert!(self.0.lock().unwrap().connected.remove(&route).is_some(), "route {route} is not connected");
+    }
+}
+
+pub const QUEUES: [u16; 2] = [64, 16];
+/// A device's own feature, besides those of all rings.
+pub const OWN_FEATURE: u64 = 1 << 5;
+
+/// What the fake device runs, and its line to the transport.
+#[derive(Default)]
+pub struct Served {
+    pub running: [Option<u64>; 2],
+    pub events: Option<Arc<dyn DeviceEvents>>,
+}
+
+pub struct FakeDevice(pub Arc<Mutex<Served>>);
+
+impl VirtioDevice for FakeDevice {
+    fn kind(&self) -> DeviceKind {
+        DeviceKind::Rng
+    }
+
+    fn name(&self) -> &str {
+        "fake"
+    }
+
+    fn features(&self) -> u64 {
+        feature::RING | OWN_FEATURE
+    }
+
+    fn queue_sizes(&self) -> &[u16] {
+        &QUEUES
+    }
+
+    fn read_config(&self, offset: usize, data: &mut [u8]) {
+        crate::virtio::device::read_config_bytes(b"configuration", offset, data);
+    }
+
+    fn start_queue(&mut self, index: u16, resources: QueueResources, state: Option<QueueState>) -> io::Result<()> {
+        let max_size = QUEUES[usize::from(index)];
+        Virtqueue::new(index, max_size, &resources, state).map_err(io::Error::other)?;
+        let mut served = self.0.lock().unwrap();
+        assert_eq!(served.running[usize::from(index)].replace(resources.features), None, "queue {index} runs already");
+        served.events = Some(resources.events);
+        Ok(())
+    }
+
+    fn stop_queue(&mut self, index: u16) -> Option<QueueState> {
+        self.0.lock().unwrap().running[usize::from(index)].take().map(|_| QueueState::default())
+    }
+}
+
+fn ram() -> Ram {
+    anonymous(&[(GuestAddress(0), 0x10_0000)]).unwrap()
+}
+
+/// A function with its BAR at `bar`, its host and its device.
+pub fn function(bar: u64) -> (VirtioPci, Arc<FakeHost>, Arc<Mutex<Served>>) {
+    let (host, served) = (Arc::<FakeHost>::default(), Arc::<Mutex<Served>>::default());
+    let function = VirtioPci::new(Box::new(FakeDevice(served.clone())), ram(), host.clone(), bar).unwrap();
+    (function, host, served)
+}
+
+/// A device with its registers at `address`, its host, its device, and the other end of its line.
+pub fn mmio(address: u64) -> (VirtioMmio, Arc<FakeHost>, Arc<Mutex<Served>>, EventFd) {
+    let (host, served) = (Arc::<FakeHost>::default(), Arc::<Mutex<Served>>::default());
+    let line = EventFd::new(EFD_NONBLOCK).unwrap();
+    let device = Box::new(FakeDevice(served.clone()));
+    let device = VirtioMmio::new(device, ram(), host.clone(), address, line.try_clone().unwrap()).unwrap();
+    (device, host, served, line)
+}
+
+/// What both transports have a register for.
+#[derive(Debug, Clone, Copy, PartialEq, Eq)]
+pub enum Register {
+    DeviceFeatureSelect,
+    DeviceFeatures,
+    DriverFeatureSelect,
+    DriverFeatures,
+    Status,
+    Generation,
+    QueueSelect,
+    /// Written: the size chosen. Read: the size, or the largest one possible.
+    QueueSize,
+    QueueReady,
+    /// Of the descriptors, the available ring, the used ring: 64 bits.
+    QueueAddress(u8),
+}
+
+/// A driver, over whatever transport.
+pub trait Driver {
+    fn get(&mut self, register: Register) -> u64;
+    fn set(&mut self, register: Register, value: u64);
+    fn served(&self) -> MutexGuard<'_, Served>;
+
+    fn status(&mut self) -> u8 {
+        self.get(Register::Status) as u8
+    }
+
+    fn set_status(&mut self, status: u8) -> u8 {
+        self.set(Register::Status, status.into());
+        self.status()
+    }
+
+    fn offered(&mut self) -> u64 {
+        (0..2).fold(0, |features, half| {
+            self.set(Register::DeviceFeatureSelect, half);
+            features | self.get(Register::DeviceFeatures) << (32 * half)
+        })
+    }
+
+    fn accept(&mut self, features: u64) {
+        for half in 0..2 {
+            self.set(Register::DriverFeatureSelect, half);
+            self.set(Register::DriverFeatures, features >> (32 * half) & 0xffff_ffff);
+        }
+    }
+
+    fn negotiate(&mut self, features: u64) {
+        self.set_status(ACKNOWLEDGE);
+        self.set_status(ACKNOWLEDGE | DRIVER);
+        self.accept(features);
+        self.set_status(ACKNOWLEDGE | DRIVER | FEATURES_OK);
+    }
+
+    /// Lays out a queue, 16 KiB from `at` on, and enables it.
+    fn enable(&mut self, queue: u64, at: u64) {
+        self.set(Register::QueueSelect, queue);
+        for index in 0..3 {
+            self.set(Register::QueueAddress(index), at + 0x1000 * u64::from(index));
+        }
+        self.set(Register::QueueReady, 1);
+    }
+
+    fn run(&mut self) -> u8 {
+        self.set_status(ACKNOWLEDGE | DRIVER | FEATURES_OK | DRIVER_OK)
+    }
+
+    fn running(&self) -> [Option<u64>; 2] {
+        self.served().running
+    }
+
+    fn events(&self) -> Arc<dyn DeviceEvents> {
+        self.served().events.clone().unwrap()
+    }
+}
