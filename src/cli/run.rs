@@ -3,6 +3,7 @@
 use std::io;
 use std::path::PathBuf;
 use std::process::ExitCode;
+use std::str::FromStr;
 use std::sync::Arc;
 use std::time::Instant;
 
@@ -15,7 +16,7 @@ use super::escape::Action;
 use super::exit::{self, Exit};
 use super::signals::Signals;
 use crate::backend::{HostFiles, OpenDirectly};
-use crate::config::{DiskConfig, MemorySize, NetConfig, SerialConfig, VmConfig};
+use crate::config::{DiskConfig, MemorySize, NetConfig, SerialConfig, Transport, VmConfig};
 use crate::machine::{End, Machine, MachineError, SerialSetup, State};
 use crate::memory::release_startup_code;
 use crate::observe::{Timeline, init_log};
@@ -58,6 +59,10 @@ pub struct RunArgs {
     /// Network card on an existing tap; may be repeated
     #[arg(long, value_name = "tap=NAME[,mac=ADDRESS][,mtu=BYTES]")]
     net: Vec<NetConfig>,
+
+    /// How the guest reaches its virtio devices. With mmio there is no PCI at all, unless mmio,pci asks for an empty root
+    #[arg(long, value_name = "pci|mmio[,pci]", default_value = "pci", value_parser = Transport::from_str)]
+    transport: Transport,
 
     /// Where the serial console goes
     #[arg(long, value_name = "stdio|null|file=PATH|socket=PATH", default_value = "stdio")]
@@ -107,6 +112,7 @@ impl RunArgs {
             disks: root.into_iter().chain(self.disk).collect(),
             nics: self.net,
             serial: self.serial,
+            transport: self.transport,
         }
     }
 }

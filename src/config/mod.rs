@@ -13,7 +13,7 @@ pub use units::{MacAddress, MemorySize};
 pub const MAX_CPUS: u8 = 64;
 /// Least guest memory, in bytes. A kernel may need more, which its loader says.
 pub const MIN_MEMORY: u64 = 32 << 20;
-/// PCI slots for devices: one bus of 32, less the host bridge.
+/// Most virtio devices: the slots of one PCI bus of 32, less the host bridge; as many over MMIO.
 pub const MAX_DEVICES: usize = 31;
 /// Kernel arguments that come before the user's own.
 pub const DEFAULT_CMDLINE: &str = "console=ttyS0 panic=1";
@@ -69,6 +69,16 @@ pub struct VmConfig {
     pub disks: Vec<DiskConfig>,
     pub nics: Vec<NetConfig>,
     pub serial: SerialConfig,
+    pub transport: Transport,
+}
+
+/// How the guest reaches its virtio devices.
+#[derive(Debug, Clone, Copy, PartialEq, Eq, Default)]
+pub enum Transport {
+    #[default]
+    Pci,
+    /// Behind registers that ACPI names; with an empty PCI root beside them, or none.
+    Mmio { pci: bool },
 }
 
 #[derive(Debug, Clone, PartialEq, Eq)]
@@ -125,10 +135,8 @@ impl VmConfig {
         if !self.memory.0.is_multiple_of(4096) {
             return Err(ConfigError::MemoryUnit(self.memory.0));
         }
-        // One slot belongs to the entropy device.
-        let devices = self.disks.len() + self.nics.len() + 1;
-        if devices > MAX_DEVICES {
-            return Err(ConfigError::TooManyDevices(devices));
+        if self.devices() > MAX_DEVICES {
+            return Err(ConfigError::TooManyDevices(self.devices()));
         }
         if let Some(id) = repeated(self.disks.iter().filter_map(|d| d.id.as_ref())) {
             return Err(ConfigError::RepeatedDiskId(id.clone()));
@@ -140,6 +148,12 @@ impl VmConfig {
             return Err(ConfigError::RepeatedTap(tap.clone()));
         }
         Ok(())
+    }
+
+    /// How many virtio devices there are: disks, network cards, the entropy device.
+    #[must_use]
+    pub fn devices(&self) -> usize {
+        self.disks.len() + self.nics.len() + 1
     }
 
     /// The kernel command line: defaults, the root disk, the user's text, in this order, so that the last word
@@ -178,6 +192,7 @@ mod tests {
             disks: Vec::new(),
             nics: Vec::new(),
             serial: SerialConfig::Null,
+            transport: Transport::default(),
         }
     }
 

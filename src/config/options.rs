@@ -5,7 +5,7 @@
 use std::path::PathBuf;
 use std::str::FromStr;
 
-use super::{CacheMode, ConfigError, DiskConfig, NetConfig, SerialConfig};
+use super::{CacheMode, ConfigError, DiskConfig, NetConfig, SerialConfig, Transport};
 
 /// The parts of an option text, each at most once.
 struct Parts {
@@ -126,6 +126,28 @@ impl FromStr for NetConfig {
     }
 }
 
+impl FromStr for Transport {
+    type Err = ConfigError;
+
+    /// `pci` or `mmio[,pci]`
+    fn from_str(text: &str) -> Result<Self, ConfigError> {
+        let Parts { first, rest } = Parts::split(text)?;
+        let mut transport = match first.as_str() {
+            "pci" => Self::Pci,
+            "mmio" => Self::Mmio { pci: false },
+            _ => return Err(ConfigError::OptionValue { key: "transport", value: first, takes: "pci or mmio" }),
+        };
+        for (key, value) in rest {
+            match (key.as_str(), &mut transport) {
+                ("pci", Self::Mmio { pci }) => *pci = flag("pci", value.as_deref())?,
+                (_, Self::Pci) => return Err(ConfigError::UnknownOption { key, known: "none" }),
+                (_, Self::Mmio { .. }) => return Err(ConfigError::UnknownOption { key, known: "pci" }),
+            }
+        }
+        Ok(transport)
+    }
+}
+
 impl FromStr for SerialConfig {
     type Err = ConfigError;
 
@@ -199,10 +221,26 @@ mod tests {
         assert_eq!("file=".parse::<SerialConfig>(), Err(ConfigError::NoPath));
     }
 
+    #[test]
+    fn transports() {
+        for (text, transport) in [
+            ("pci", Transport::Pci),
+            ("mmio", Transport::Mmio { pci: false }),
+            ("mmio,pci", Transport::Mmio { pci: true }),
+            ("mmio,pci=off", Transport::Mmio { pci: false }),
+        ] {
+            assert_eq!(text.parse(), Ok(transport));
+        }
+        for text in ["", "pcie", "pci,pci", "pci,pci=on", "mmio,irq=5", "mmio,pci=maybe", "mmio,pci,pci"] {
+            assert!(text.parse::<Transport>().is_err(), "{text}");
+        }
+    }
+
     proptest! {
         #[test]
         fn nothing_panics(text: String) {
             let _ = (text.parse::<DiskConfig>(), text.parse::<NetConfig>(), text.parse::<SerialConfig>());
+            let _ = text.parse::<Transport>();
         }
     }
 }

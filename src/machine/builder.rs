@@ -13,28 +13,22 @@ use vm_memory::{GuestMemoryBackend, GuestMemoryRegion};
 
 use super::Machine;
 use super::board::{Board, News};
+use super::devices;
 use super::error::{KvmError, MachineError};
 use super::events::EventQueue;
 use super::lifecycle::State;
-use crate::backend::disk::Disk;
-use crate::backend::tap::Tap;
 use crate::backend::{HostFile, HostFiles};
 use crate::boot::{self, BootError, BootFile, BootSource, KernelCache};
-use crate::config::{DiskConfig, NetConfig, SerialConfig, VmConfig};
+use crate::config::{SerialConfig, VmConfig};
 use crate::cpu::{self, EntryPoint, HostCpuid, Vcpu};
-use crate::devices::net::NetOptions;
-use crate::devices::{Front, block, net, rng};
 use crate::memory::{self, Ram};
 use crate::observe::{Milestone, Timeline};
-use crate::platform::acpi::{self, AcpiConfig, AcpiError};
+use crate::platform::acpi::{self, AcpiConfig, AcpiError, PciTables};
 use crate::platform::bus::{Bus, shared};
 use crate::platform::events::EventDevice;
 use crate::platform::interrupts::Interrupts;
-use crate::platform::pci::{CONFIG_PORTS, CONFIG_PORTS_LEN, ConfigPorts, Ecam, PciRoot};
 use crate::platform::serial::{SerialDevice, SerialOutput, SerialPort, stdout_file};
 use crate::platform::{EventSink, events, layout, power};
-use crate::virtio::VirtioDevice;
-use crate::virtio::pci::VirtioPci;
 
 /// Where the serial port's output goes: opened by the caller, who may also have to restore a terminal.
 pub struct SerialSetup(pub SerialOutput);
@@ -87,7 +81,11 @@ impl Machine {
         let address_bits = cpuid.physical_address_bits();
         acpi::write(
             &ram,
-            &AcpiConfig { cpus: config.cpus.into(), pci_window_64: layout::pci_window_64(address_bits) },
+            &AcpiConfig {
+                cpus: config.cpus.into(),
+                pci: devices::has_pci(config).then(|| PciTables { window_64: layout::pci_window_64(address_bits) }),
+                virtio_mmio: devices::mmio_places(config),
+            },
         )?;
 
         power::write_reset_vector(&ram).map_err(AcpiError::from)?;
@@ -97,7 +95,7 @@ impl Machine {
         let board = Arc::new(Board { ports: Bus::default(), mmio: Arc::default(), news: news.clone() });
         let interrupts = Arc::new(Interrupts::new(vm.clone()));
         let (event_device, serial) = attach_platform(&board, news, &interrupts, serial, timeline)?;
-        attach_pci(config, host, &ram, &board, &interrupts)?;
+        devices::attach(config, host, &ram, &board, &interrupts)?;
 
         let waiting = create_vcpus(&vm, &cpuid, config.cpus, &entry)?;
         cpu::install_kick_handler().map_err(|e| KvmError::call("install its signal handler")(e))?;
@@ -216,46 +214,6 @@ fn attach_platform(
         && board.mmio.insert(layout::EVENT_DEVICE, events::REGISTERS_SIZE, event_device.clone());
     assert!(placed, "the platform's places do not overlap");
     Ok((event_device, serial))
-}
-
-fn attach_pci(
-    config: &VmConfig,
-    host: &dyn HostFiles,
-    ram: &Ram,
-    board: &Board,
-    interrupts: &Arc<Interrupts>,
-) -> Result<(), MachineError> {
-    let mut devices: Vec<Box<dyn VirtioDevice>> = Vec::new();
-    for (index, disk) in config.disks.iter().enumerate() {
-        devices.push(Box::new(open_block(index, disk, host)?));
-    }
-    for (index, nic) in config.nics.iter().enumerate() {
-        devices.push(Box::new(open_net(index, nic, host)?));
-    }
-    devices.push(Box::new(rng::device("rng0".into()).map_err(MachineError::host("make the entropy device"))?));
-
-    let mut root = PciRoot::new(&board.mmio);
-    for (slot, device) in (1..).zip(devices) {
-        let function = VirtioPci::new(device, ram.clone(), interrupts.clone(), PciRoot::initial_bar(slot));
-        root.insert(slot, function.map_err(MachineError::host("make a PCI function"))?);
-    }
-    let root = Arc::new(Mutex::new(root));
-    let placed = board.ports.insert(CONFIG_PORTS.into(), CONFIG_PORTS_LEN, shared(ConfigPorts(root.clone())))
-        && board.mmio.insert(layout::ECAM, layout::ECAM_SIZE, shared(Ecam(root)));
-    assert!(placed, "the platform's places do not overlap");
-    Ok(())
-}
-
-fn open_block(index: usize, config: &DiskConfig, host: &dyn HostFiles) -> Result<Front, MachineError> {
-    let disk = Disk::open(host, &config.path, config.read_only)?;
-    block::device(format!("block{index}"), disk, config.id.as_deref(), config.cache)
-        .map_err(MachineError::host("make a block device"))
-}
-
-fn open_net(index: usize, config: &NetConfig, host: &dyn HostFiles) -> Result<Front, MachineError> {
-    let tap = Tap::attach(host, &config.tap)?;
-    let options = NetOptions { mac: config.mac, mtu: config.mtu };
-    net::device(format!("net{index}"), tap, options).map_err(MachineError::host("make a network card"))
 }
 
 fn create_vcpus(vm: &VmFd, cpuid: &HostCpuid, count: u8, entry: &EntryPoint) -> Result<Vec<Vcpu>, MachineError> {

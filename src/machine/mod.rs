@@ -5,6 +5,7 @@
 
 mod board;
 mod builder;
+mod devices;
 mod error;
 mod events;
 mod lifecycle;

@@ -3,11 +3,23 @@
 use std::collections::BTreeMap;
 use std::sync::{Arc, Mutex, MutexGuard, PoisonError, RwLock};
 
+use crate::virtio::mmio::VirtioMmio;
+
 /// A device behind ports or MMIO addresses. Accesses are 1, 2, 4 or 8 bytes at an offset into its range.
 pub trait BusDevice: Send {
     /// Fills `data`, which comes as all ones: what an access to nothing reads.
     fn read(&mut self, offset: u64, data: &mut [u8]);
     fn write(&mut self, offset: u64, data: &[u8]);
+}
+
+impl BusDevice for VirtioMmio {
+    fn read(&mut self, offset: u64, data: &mut [u8]) {
+        self.registers_read(offset, data);
+    }
+
+    fn write(&mut self, offset: u64, data: &[u8]) {
+        self.registers_write(offset, data);
+    }
 }
 
 pub type SharedDevice = Arc<Mutex<dyn BusDevice>>;

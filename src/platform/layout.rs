@@ -4,7 +4,7 @@
 //! 0            real-mode area, zero page, page tables, command line
 //! 0xe_0000     RSDP and ACPI tables; in the last 16 bytes the reset vector
 //! 0x10_0000    kernel, initrd, RAM ...
-//! 0xc000_0000  platform devices (boot mark, event device)   ┐
+//! 0xc000_0000  boot mark, event device, virtio over MMIO     ┐
 //! 0xd000_0000  32-bit PCI window                            │ the gap: no RAM
 //! 0xe000_0000  PCI configuration space (ECAM)               │
 //! 0xfec0_0000  IOAPIC, LAPIC, KVM's own pages               ┘
@@ -12,6 +12,8 @@
 //! ```
 
 use vm_memory::GuestAddress;
+
+use crate::virtio::mmio;
 
 /// GDT for the 64-bit entry.
 pub const GDT: u64 = 0x500;
@@ -46,6 +48,11 @@ pub const BOOT_MARK: u64 = 0xc000_0000;
 pub const EVENT_DEVICE: u64 = 0xc000_1000;
 pub const EVENT_DEVICE_SIZE: u64 = 0x1000;
 
+/// Virtio devices over MMIO, a page each.
+pub const VIRTIO_MMIO: u64 = 0xc000_2000;
+/// Their lines: all pins of the IOAPIC that nothing else uses and no PC has ever wired to something else.
+const VIRTIO_MMIO_GSIS: [u32; 16] = [6, 7, 10, 11, 12, 13, 14, 15, 16, 17, 18, 19, 20, 21, 22, 23];
+
 pub const PCI_WINDOW: u64 = 0xd000_0000;
 pub const PCI_WINDOW_SIZE: u64 = 0x1000_0000;
 pub const ECAM: u64 = 0xe000_0000;
@@ -76,6 +83,28 @@ pub const SLEEP_STATUS_PORT: u16 = 0x601;
 pub const RESET_PORT: u16 = 0x602;
 pub const RESET_VALUE: u8 = 1;
 
+/// Where a virtio device over MMIO is: address, GSI, and whether others use the same line.
+///
+/// With more devices than lines, each line is the next device's again.
+#[derive(Debug, Clone, Copy, PartialEq, Eq)]
+pub struct MmioPlace {
+    pub address: u64,
+    pub gsi: u32,
+    pub shared: bool,
+}
+
+/// The places of `count` virtio devices over MMIO.
+#[must_use]
+pub fn virtio_mmio(count: usize) -> Vec<MmioPlace> {
+    let lines = VIRTIO_MMIO_GSIS.len();
+    let place = |index: usize| MmioPlace {
+        address: VIRTIO_MMIO + index as u64 * mmio::REGISTERS_SIZE,
+        gsi: VIRTIO_MMIO_GSIS[index % lines],
+        shared: index >= lines || index + lines < count,
+    };
+    (0..count).map(place).collect()
+}
+
 /// Where `size` bytes of RAM go: around the gap.
 #[must_use]
 pub fn ram_ranges(size: u64) -> Vec<(GuestAddress, u64)> {
@@ -98,6 +127,21 @@ pub fn pci_window_64(address_bits: u8) -> Option<(u64, u64)> {
 #[cfg(test)]
 mod tests {
     use super::*;
+
+    #[test]
+    fn devices_share_lines_only_when_there_are_too_many() {
+        let places = virtio_mmio(31);
+        assert!(places.is_sorted_by(|a, b| a.address + 0x1000 == b.address));
+        assert!(places.last().unwrap().address < PCI_WINDOW);
+        for count in [1, 16, 17, 31] {
+            let places = virtio_mmio(count);
+            for place in &places {
+                let users = places.iter().filter(|other| other.gsi == place.gsi).count();
+                assert_eq!(place.shared, users > 1, "{place:?} of {count}");
+                assert!(![0, 2, SERIAL_GSI, EVENT_GSI].contains(&place.gsi) && place.gsi < IOAPIC_PINS);
+            }
+        }
+    }
 
     #[test]
     fn ram_goes_around_the_gap() {

@@ -97,7 +97,7 @@ impl VirtioMmio {
         Ok(Self { core, doorbells, address, listening: false })
     }
 
-    pub fn read(&self, offset: u64, data: &mut [u8]) {
+    pub fn registers_read(&self, offset: u64, data: &mut [u8]) {
         match (offset.checked_sub(register::CONFIG), data.len()) {
             (Some(at), _) => self.core.read_config(at, data),
             (None, 4) if offset.is_multiple_of(4) => data.copy_from_slice(&self.read_register(offset).to_le_bytes()),
@@ -125,7 +125,7 @@ impl VirtioMmio {
         }
     }
 
-    pub fn write(&mut self, offset: u64, data: &[u8]) {
+    pub fn registers_write(&mut self, offset: u64, data: &[u8]) {
         match (offset.checked_sub(register::CONFIG), data.try_into()) {
             (Some(at), _) => self.core.write_config(at, data),
             (None, Ok(bytes)) => self.write_register(offset, u32::from_le_bytes(bytes)),

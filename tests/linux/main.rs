@@ -10,4 +10,5 @@ mod boot;
 mod disk;
 mod endings;
 mod guest;
+mod mmio;
 mod net;

@@ -11,22 +11,31 @@ use acpi_tables::aml::{
     ZERO,
 };
 
-use crate::platform::{events, layout, power};
+use super::AcpiConfig;
+use crate::platform::layout::{self, MmioPlace};
+use crate::platform::{events, power};
+use crate::virtio::mmio;
 
 /// Integers of a DSDT of revision 2 have 64 bits.
 const REVISION: u8 = 2;
 
-pub(super) fn build(pci_window_64: Option<(u64, u64)>) -> Vec<u8> {
+pub(super) fn build(config: &AcpiConfig) -> Vec<u8> {
     let mut aml = Vec::with_capacity(4096);
+    let has_pci = config.pci.is_some();
     sleep_state(&mut aml);
-    motherboard(&mut aml);
+    motherboard(&mut aml, has_pci);
     serial(&mut aml);
     pvpanic(&mut aml);
     event_registers(&mut aml);
-    pci_root(&mut aml, pci_window_64);
-    pci_slots(&mut aml);
+    if let Some(pci) = &config.pci {
+        pci_root(&mut aml, pci.window_64);
+        pci_slots(&mut aml);
+    }
+    for (index, place) in config.virtio_mmio.iter().enumerate() {
+        virtio_mmio(&mut aml, index, place);
+    }
     power_button(&mut aml);
-    event_device(&mut aml);
+    event_device(&mut aml, has_pci);
     super::tables::table(b"DSDT", REVISION, &aml)
 }
 
@@ -66,14 +75,16 @@ fn sleep_state(aml: &mut Vec<u8>) {
 
 /// Keeps the guest from handing out what is decoded behind its back: ECAM (PCI firmware specification 3.3,
 /// section 4.1.2 asks for it), our own pages below the PCI window, and the power ports.
-fn motherboard(aml: &mut Vec<u8>) {
+fn motherboard(aml: &mut Vec<u8>, has_pci: bool) {
     let own_pages = layout::EVENT_DEVICE + layout::EVENT_DEVICE_SIZE - layout::BOOT_MARK;
-    let crs = resources(vec![
-        &Memory32Fixed::new(true, layout::ECAM as u32, layout::ECAM_SIZE as u32),
-        &Memory32Fixed::new(true, layout::BOOT_MARK as u32, own_pages as u32),
-        &ports(layout::SLEEP_CONTROL_PORT, power::POWER_PORTS as u8),
-    ]);
-    device(aml, "_SB_.MBRD", vec![&hid("PNP0C02"), &name("_UID", &ZERO), &crs]);
+    let own_pages = Memory32Fixed::new(true, layout::BOOT_MARK as u32, own_pages as u32);
+    let power_ports = ports(layout::SLEEP_CONTROL_PORT, power::POWER_PORTS as u8);
+    let ecam = Memory32Fixed::new(true, layout::ECAM as u32, layout::ECAM_SIZE as u32);
+    let mut crs: Vec<&dyn Aml> = vec![&own_pages, &power_ports];
+    if has_pci {
+        crs.push(&ecam);
+    }
+    device(aml, "_SB_.MBRD", vec![&hid("PNP0C02"), &name("_UID", &ZERO), &resources(crs)]);
 }
 
 fn serial(aml: &mut Vec<u8>) {
@@ -210,13 +221,35 @@ fn pci_slots(aml: &mut Vec<u8>) {
     .to_aml_bytes(aml);
 }
 
+/// A virtio device over MMIO, by the ID that Linux's and FreeBSD's drivers look for. It reaches all memory coherently.
+fn virtio_mmio(aml: &mut Vec<u8>, index: usize, place: &MmioPlace) {
+    let registers = Memory32Fixed::new(true, place.address as u32, mmio::REGISTERS_SIZE as u32);
+    let line = Interrupt::new(true, true, false, place.shared, place.gsi);
+    let crs = resources(vec![&registers, &line]);
+    let (id, uid, coherent) = (name("_HID", &"LNRO0005"), name("_UID", &index), name("_CCA", &ONE));
+    device(aml, &format!("_SB_.V{index:03}"), vec![&id, &uid, &coherent, &crs]);
+}
+
 fn power_button(aml: &mut Vec<u8>) {
     device(aml, "_SB_.PWRB", vec![&hid("PNP0C0C"), &name("_UID", &ZERO)]);
 }
 
 /// The generic event device (section 5.6.9): its interrupt runs `_EVT`.
-fn event_device(aml: &mut Vec<u8>) {
+fn event_device(aml: &mut Vec<u8>, has_pci: bool) {
     let pending = Local(0);
+    let button = path("PWRB");
+    let press = Notify::new(&button, &notify::POWER_BUTTON);
+    let button_pressed = And::new(&ZERO, &pending, &events::POWER_BUTTON);
+    let button_pressed = If::new(&button_pressed, vec![&press]);
+    let slots_changed = And::new(&ZERO, &pending, &events::PCI_SLOTS);
+    let tell_slots = MethodCall::new(path("\\_SB_.PCI0.PCNT"), vec![]);
+    let slots_changed = If::new(&slots_changed, vec![&tell_slots]);
+    let registers = path("EVTS");
+    let fetch = Store::new(&pending, &registers);
+    let mut evt: Vec<&dyn Aml> = vec![&fetch, &button_pressed];
+    if has_pci {
+        evt.push(&slots_changed);
+    }
     device(
         aml,
         "_SB_.GED_",
@@ -224,22 +257,7 @@ fn event_device(aml: &mut Vec<u8>) {
             &name("_HID", &"ACPI0013"),
             &name("_UID", &ZERO),
             &resources(vec![&line(layout::EVENT_GSI)]),
-            &Method::new(
-                path("_EVT"),
-                1,
-                true,
-                vec![
-                    &Store::new(&pending, &path("EVTS")),
-                    &If::new(
-                        &And::new(&ZERO, &pending, &events::POWER_BUTTON),
-                        vec![&Notify::new(&path("PWRB"), &notify::POWER_BUTTON)],
-                    ),
-                    &If::new(
-                        &And::new(&ZERO, &pending, &events::PCI_SLOTS),
-                        vec![&MethodCall::new(path("\\_SB_.PCI0.PCNT"), vec![])],
-                    ),
-                ],
-            ),
+            &Method::new(path("_EVT"), 1, true, evt),
         ],
     );
 }

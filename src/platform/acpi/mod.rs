@@ -8,7 +8,7 @@ mod tables;
 use thiserror::Error;
 use vm_memory::{Bytes, GuestAddress, GuestMemoryError};
 
-use super::layout;
+use super::layout::{self, MmioPlace};
 use crate::memory::RamRegions;
 
 /// What the tables say that is not the same for every VM.
@@ -16,8 +16,15 @@ use crate::memory::RamRegions;
 pub struct AcpiConfig {
     /// Number of vCPUs; the APIC ID of each is its index.
     pub cpus: u16,
+    pub pci: Option<PciTables>,
+    pub virtio_mmio: Vec<MmioPlace>,
+}
+
+/// A PCI root.
+#[derive(Debug, Clone, PartialEq, Eq)]
+pub struct PciTables {
     /// Where 64-bit BARs may go: guest physical start, and end (exclusive).
-    pub pci_window_64: Option<(u64, u64)>,
+    pub window_64: Option<(u64, u64)>,
 }
 
 #[derive(Debug, Error)]
@@ -44,13 +51,16 @@ pub fn write(ram: &RamRegions, config: &AcpiConfig) -> Result<u64, AcpiError> {
 
 /// The bytes from [`layout::ACPI`] on.
 fn build(config: &AcpiConfig) -> Result<Vec<u8>, AcpiError> {
-    if let Some((start, end)) = config.pci_window_64.filter(|(start, end)| start >= end) {
+    let window = config.pci.as_ref().and_then(|pci| pci.window_64);
+    if let Some((start, end)) = window.filter(|(start, end)| start >= end) {
         return Err(AcpiError::EmptyWindow { start, end });
     }
     let mut area = Area::new();
-    let dsdt = area.place(&dsdt::build(config.pci_window_64));
-    let entries =
-        [area.place(&tables::fadt(dsdt)), area.place(&tables::madt(config.cpus)), area.place(&tables::mcfg())];
+    let dsdt = area.place(&dsdt::build(config));
+    let mut entries = vec![area.place(&tables::fadt(dsdt)), area.place(&tables::madt(config.cpus))];
+    if config.pci.is_some() {
+        entries.push(area.place(&tables::mcfg()));
+    }
     let xsdt = area.place(&tables::xsdt(&entries));
     area.finish(xsdt, config.cpus)
 }

@@ -25,12 +25,12 @@ impl MmioDriver {
 
     fn read(&mut self, offset: u64) -> u32 {
         let mut data = [0xff; 4];
-        self.device.read(offset, &mut data);
+        self.device.registers_read(offset, &mut data);
         u32::from_le_bytes(data)
     }
 
     fn write(&mut self, offset: u64, value: u32) {
-        self.device.write(offset, &value.to_le_bytes());
+        self.device.registers_write(offset, &value.to_le_bytes());
     }
 
     /// Pulses of the line since the last look.
@@ -92,9 +92,9 @@ fn it_says_what_it_is() {
     assert_eq!([0, 4, 8].map(|at| driver.read(at)), [0x7472_6976, 2, 4]);
     assert_eq!((driver.read(0xb0), driver.read(0xb4)), (u32::MAX, u32::MAX), "no shared memory");
     let mut config = [0; 20];
-    driver.device.read(0x100, &mut config);
+    driver.device.registers_read(0x100, &mut config);
     assert_eq!(&config, b"configuration\0\0\0\0\0\0\0");
-    driver.device.read(0x10c, &mut config[..2]);
+    driver.device.registers_read(0x10c, &mut config[..2]);
     assert_eq!(&config[..2], b"n\0", "any width, any offset");
 }
 
@@ -104,12 +104,12 @@ fn registers_take_aligned_words_and_nothing_else() {
     for (offset, data) in
         [(0x70, &[1u8][..]), (0x70, &[1, 0]), (0x70, &[1, 0, 0, 0, 0, 0, 0, 0]), (0x71, &[1; 4]), (0x6f, &[1; 4])]
     {
-        driver.device.write(offset, data);
+        driver.device.registers_write(offset, data);
         assert_eq!(driver.status(), 0, "{} bytes at {offset:#x}", data.len());
     }
     for (offset, width) in [(0, 1), (0, 2), (2, 2), (0, 8), (1, 4)] {
         let mut data = vec![0xff; width];
-        driver.device.read(offset, &mut data);
+        driver.device.registers_read(offset, &mut data);
         assert_eq!(data, vec![0; width], "{width} bytes at {offset:#x}");
     }
     // Numbers with bits beyond those that exist are not taken for what their lower bits say.
@@ -201,8 +201,8 @@ proptest! {
     ) {
         let mut driver = MmioDriver::new();
         for (at, width, value) in accesses {
-            driver.device.write(at, &value.to_le_bytes()[..width]);
-            driver.device.read(at, &mut vec![0; width]);
+            driver.device.registers_write(at, &value.to_le_bytes()[..width]);
+            driver.device.registers_read(at, &mut vec![0; width]);
             if driver.status() & DRIVER_OK == 0 {
                 prop_assert_eq!(driver.running(), [None, None]);
             }

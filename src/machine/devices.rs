@@ -1,0 +1,95 @@
+//! The machine's virtio devices: opened as the configuration says, and put behind its transport.
+
+use std::sync::{Arc, Mutex};
+
+use super::board::Board;
+use super::error::MachineError;
+use crate::backend::HostFiles;
+use crate::backend::disk::Disk;
+use crate::backend::tap::Tap;
+use crate::config::{DiskConfig, NetConfig, Transport, VmConfig};
+use crate::devices::net::NetOptions;
+use crate::devices::{Front, block, net, rng};
+use crate::memory::Ram;
+use crate::platform::bus::shared;
+use crate::platform::interrupts::Interrupts;
+use crate::platform::layout::{self, MmioPlace};
+use crate::platform::pci::{CONFIG_PORTS, CONFIG_PORTS_LEN, ConfigPorts, Ecam, PciRoot};
+use crate::virtio::mmio::{self, VirtioMmio};
+use crate::virtio::pci::VirtioPci;
+
+const NO_OVERLAP: &str = "the platform's places do not overlap";
+
+pub fn has_pci(config: &VmConfig) -> bool {
+    matches!(config.transport, Transport::Pci | Transport::Mmio { pci: true })
+}
+
+/// Where the devices are that are not behind PCI.
+pub fn mmio_places(config: &VmConfig) -> Vec<MmioPlace> {
+    match config.transport {
+        Transport::Pci => Vec::new(),
+        Transport::Mmio { .. } => layout::virtio_mmio(config.devices()),
+    }
+}
+
+/// Opens all devices and puts them onto the buses.
+pub fn attach(
+    config: &VmConfig,
+    host: &dyn HostFiles,
+    ram: &Ram,
+    board: &Board,
+    interrupts: &Arc<Interrupts>,
+) -> Result<(), MachineError> {
+    let devices = open(config, host)?;
+    let mut root = PciRoot::new(&board.mmio);
+    match config.transport {
+        Transport::Pci => {
+            for (slot, device) in (1..).zip(devices) {
+                let bar = PciRoot::initial_bar(slot);
+                let function = VirtioPci::new(Box::new(device), ram.clone(), interrupts.clone(), bar);
+                root.insert(slot, function.map_err(MachineError::host("make a PCI function"))?);
+            }
+        }
+        Transport::Mmio { .. } => {
+            for (place, device) in mmio_places(config).into_iter().zip(devices) {
+                let device = interrupts.line(place.gsi).and_then(|line| {
+                    VirtioMmio::new(Box::new(device), ram.clone(), interrupts.clone(), place.address, line)
+                });
+                let device = shared(device.map_err(MachineError::host("make an MMIO device"))?);
+                assert!(board.mmio.insert(place.address, mmio::REGISTERS_SIZE, device), "{NO_OVERLAP}");
+            }
+        }
+    }
+    if has_pci(config) {
+        let root = Arc::new(Mutex::new(root));
+        let placed = board.ports.insert(CONFIG_PORTS.into(), CONFIG_PORTS_LEN, shared(ConfigPorts(root.clone())))
+            && board.mmio.insert(layout::ECAM, layout::ECAM_SIZE, shared(Ecam(root)));
+        assert!(placed, "{NO_OVERLAP}");
+    }
+    Ok(())
+}
+
+/// In the order that guests number them.
+fn open(config: &VmConfig, host: &dyn HostFiles) -> Result<Vec<Front>, MachineError> {
+    let mut devices = Vec::with_capacity(config.devices());
+    for (index, disk) in config.disks.iter().enumerate() {
+        devices.push(open_block(index, disk, host)?);
+    }
+    for (index, nic) in config.nics.iter().enumerate() {
+        devices.push(open_net(index, nic, host)?);
+    }
+    devices.push(rng::device("rng0".into()).map_err(MachineError::host("make the entropy device"))?);
+    Ok(devices)
+}
+
+fn open_block(index: usize, config: &DiskConfig, host: &dyn HostFiles) -> Result<Front, MachineError> {
+    let disk = Disk::open(host, &config.path, config.read_only)?;
+    block::device(format!("block{index}"), disk, config.id.as_deref(), config.cache)
+        .map_err(MachineError::host("make a block device"))
+}
+
+fn open_net(index: usize, config: &NetConfig, host: &dyn HostFiles) -> Result<Front, MachineError> {
+    let tap = Tap::attach(host, &config.tap)?;
+    let options = NetOptions { mac: config.mac, mtu: config.mtu };
+    net::device(format!("net{index}"), tap, options).map_err(MachineError::host("make a network card"))
+}
