@@ -15,6 +15,8 @@ pub const MAX_CPUS: u8 = 64;
 pub const MIN_MEMORY: u64 = 32 << 20;
 /// Most virtio devices: the slots of one PCI bus of 32, less the host bridge; as many over MMIO.
 pub const MAX_DEVICES: usize = 31;
+/// Most queues of one disk: each has a thread of its own.
+pub const MAX_DISK_QUEUES: u16 = 16;
 /// Kernel arguments that come before the user's own.
 pub const DEFAULT_CMDLINE: &str = "console=ttyS0 panic=1";
 
@@ -88,6 +90,8 @@ pub struct DiskConfig {
     /// What the guest sees as the disk's serial number.
     pub id: Option<String>,
     pub cache: CacheMode,
+    /// Request queues, each served by a thread of its own.
+    pub queues: u16,
     pub root: bool,
 }
 

@@ -5,7 +5,7 @@
 use std::path::PathBuf;
 use std::str::FromStr;
 
-use super::{CacheMode, ConfigError, DiskConfig, NetConfig, SerialConfig, Transport};
+use super::{CacheMode, ConfigError, DiskConfig, MAX_DISK_QUEUES, NetConfig, SerialConfig, Transport};
 
 /// The parts of an option text, each at most once.
 struct Parts {
@@ -52,7 +52,7 @@ fn flag(key: &'static str, value: Option<&str>) -> Result<bool, ConfigError> {
 }
 
 impl DiskConfig {
-    /// `PATH[,ro][,id=NAME][,cache=writeback|unsafe]`
+    /// `PATH[,ro][,id=NAME][,cache=writeback|unsafe][,queues=N]`
     ///
     /// # Errors
     /// What is wrong with the text.
@@ -61,8 +61,14 @@ impl DiskConfig {
         if first.is_empty() {
             return Err(ConfigError::NoPath);
         }
-        let mut disk =
-            Self { path: first.into(), read_only: false, id: None, cache: CacheMode::default(), root: false };
+        let mut disk = Self {
+            path: first.into(),
+            read_only: false,
+            id: None,
+            cache: CacheMode::default(),
+            queues: 1,
+            root: false,
+        };
         for (key, value) in rest {
             match (key.as_str(), value) {
                 ("ro", value) => disk.read_only = flag("ro", value.as_deref())?,
@@ -77,7 +83,8 @@ impl DiskConfig {
                         }
                     }
                 }
-                _ => return Err(ConfigError::UnknownOption { key, known: "ro, id and cache" }),
+                ("queues", value) => disk.queues = disk_queues(value.unwrap_or_default())?,
+                _ => return Err(ConfigError::UnknownOption { key, known: "ro, id, cache and queues" }),
             }
         }
         Ok(disk)
@@ -99,6 +106,11 @@ fn disk_id(id: String) -> Result<String, ConfigError> {
     } else {
         Err(ConfigError::DiskId(id))
     }
+}
+
+fn disk_queues(value: String) -> Result<u16, ConfigError> {
+    let queues = value.parse().ok().filter(|n| (1..=MAX_DISK_QUEUES).contains(n));
+    queues.ok_or(ConfigError::OptionValue { key: "queues", value, takes: "1 to 16" })
 }
 
 impl FromStr for NetConfig {
@@ -175,12 +187,13 @@ mod tests {
 
     #[test]
     fn disks() {
-        let disk: DiskConfig = "a b.img,ro,id=data-1,cache=unsafe".parse().unwrap();
+        let disk: DiskConfig = "a b.img,ro,id=data-1,cache=unsafe,queues=4".parse().unwrap();
         let expected = DiskConfig {
             path: "a b.img".into(),
             read_only: true,
             id: Some("data-1".into()),
             cache: CacheMode::Unsafe,
+            queues: 4,
             root: false,
         };
         assert_eq!(disk, expected);
@@ -191,10 +204,13 @@ mod tests {
             ("a,ro,ro", ConfigError::RepeatedOption("ro".into())),
             ("a,id=", ConfigError::DiskId(String::new())),
             ("a,id=123456789012345678901", ConfigError::DiskId("123456789012345678901".into())),
-            ("a,size=1", ConfigError::UnknownOption { key: "size".into(), known: "ro, id and cache" }),
+            ("a,size=1", ConfigError::UnknownOption { key: "size".into(), known: "ro, id, cache and queues" }),
             ("a,ro=maybe", ConfigError::OptionValue { key: "ro", value: "maybe".into(), takes: "on or off" }),
         ] {
             assert_eq!(text.parse::<DiskConfig>(), Err(error), "{text}");
+        }
+        for (queues, ok) in [("1", true), ("16", true), ("17", false), ("0", false), ("-1", false), ("", false)] {
+            assert_eq!(format!("a,queues={queues}").parse::<DiskConfig>().is_ok(), ok, "{queues} queues");
         }
     }
 

@@ -1,4 +1,4 @@
-//! One virtio device per file: [`block`], [`net`], [`rng`]. Each is a [`Front`] that answers the transport, and
+//! The virtio devices: [`block`], [`net`], [`rng`]. Each is a [`Front`] that answers the transport, and
 //! behind it what serves the queues: [`Engine`](worker::Engine)s on threads of the device's own.
 
 pub mod block;

@@ -8,6 +8,7 @@ use vm_memory::{Bytes, GuestAddress};
 use super::driver::{Ring, memory, readable, writable};
 use super::specimens::{DiskRequests, SECTORS};
 use crate::config::CacheMode;
+use crate::devices::block::BlockOptions;
 use crate::devices::{Front, block};
 use crate::virtio::{VirtioDevice, feature};
 
@@ -28,7 +29,8 @@ struct Client {
 impl Client {
     fn new(read_only: bool, id: Option<&str>, cache: CacheMode) -> Self {
         let file = DiskRequests::new();
-        let device = block::device("block0".into(), file.open(read_only), id, cache).unwrap();
+        let device =
+            block::device("block0".into(), file.open(read_only), BlockOptions { id, cache, queues: 1 }).unwrap();
         let ring = Ring::new(&memory(), 0, 64, device.features());
         let mut client = Self { file, device, ring };
         client.ring.start(&mut client.device, None);
@@ -213,6 +215,7 @@ fn the_configuration_is_what_the_specification_says() {
     let client = Client::new(false, None, CacheMode::Writeback);
     assert_eq!((client.config::<8>(0), client.config::<4>(12), client.config::<4>(20)), (SECTORS, 254, 512));
     assert_eq!((client.config::<1>(56), client.config::<8>(56)), (1, 1));
+    assert_eq!((client.config::<2>(34), client.device.queue_sizes().len()), (0, 1), "without the feature");
     assert_eq!((client.config::<8>(60), client.config::<8>(usize::MAX)), (0, 0));
     let offered = client.device.features();
     for bit in [
@@ -226,7 +229,53 @@ fn the_configuration_is_what_the_specification_says() {
         assert_ne!(offered & 1 << bit, 0, "{bit}");
     }
     assert_eq!(offered & feature::RING, feature::RING);
-    assert_eq!(offered & 1 << blk::VIRTIO_BLK_F_RO, 0);
+    assert_eq!(offered & (1 << blk::VIRTIO_BLK_F_RO | 1 << blk::VIRTIO_BLK_F_MQ), 0);
+}
+
+#[test]
+fn each_queue_works_and_stops_by_itself() {
+    const QUEUES: u16 = 4;
+    let file = DiskRequests::new();
+    let options = BlockOptions { id: None, cache: CacheMode::Writeback, queues: QUEUES };
+    let mut device = block::device("block0".into(), file.open(false), options).unwrap();
+    assert_ne!(device.features() & 1 << blk::VIRTIO_BLK_F_MQ, 0);
+    let mut number = [0; 2];
+    device.read_config(34, &mut number);
+    assert_eq!((u16::from_le_bytes(number), device.queue_sizes().len()), (QUEUES, QUEUES.into()));
+    let ram = memory();
+    let mut rings: Vec<Ring> = (0..QUEUES).map(|index| Ring::new(&ram, index, 64, device.features())).collect();
+    for ring in &rings {
+        ring.start(&mut device, None);
+    }
+    // Each queue has sectors and 64 KiB of its own.
+    let write = |ring: &mut Ring, n: u64| {
+        let at = HEADER + u64::from(ring.index) * 0x1_0000 + n * 0x800;
+        let sector = u128::from(ring.index) * 8 + u128::from(n);
+        ram.write_obj((u128::from(blk::VIRTIO_BLK_T_OUT) | sector << 64).to_le(), GuestAddress(at)).unwrap();
+        ram.write_slice(&[sector as u8 + 1; 512], GuestAddress(at + 0x200)).unwrap();
+        ram.write_obj(0xffu8, GuestAddress(at + 0x400)).unwrap();
+        let slot = n as u16 * 3;
+        ring.chain(slot, &[readable(at, 16), readable(at + 0x200, 512), writable(at + 0x400, 1)], false);
+        ring.publish(slot);
+        ring.kick();
+    };
+    for n in 0..8 {
+        for ring in &mut rings {
+            write(ring, n);
+        }
+        if n == 3 {
+            rings[1].wait_used(4);
+            assert!(device.stop_queue(1).is_some());
+        }
+    }
+    for ring in rings.iter_mut().filter(|ring| ring.index != 1) {
+        assert_eq!(ring.wait_used(8).len(), 8);
+    }
+    assert_eq!(rings[1].used_index(), 4, "a stopped queue");
+    for (sector, bytes) in std::fs::read(file.0.path()).unwrap().chunks(512).take(32).enumerate() {
+        let expected = if (12..16).contains(&sector) { 0 } else { sector as u8 + 1 };
+        assert_eq!(bytes, [expected; 512], "sector {sector}");
+    }
 }
 
 #[test]

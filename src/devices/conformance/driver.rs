@@ -20,7 +20,7 @@ const PATIENCE: Duration = Duration::from_secs(5);
 /// What the device told its transport.
 #[derive(Default)]
 pub struct TestEvents {
-    interrupts: [AtomicU32; 2],
+    interrupts: [AtomicU32; 16],
     broken: Mutex<Option<String>>,
     news: Condvar,
 }

@@ -10,7 +10,7 @@ use vm_memory::{Bytes, GuestAddress};
 use super::driver::{Buffer, readable, writable};
 use crate::backend::{Disk, OpenDirectly, Tap};
 use crate::config::CacheMode;
-use crate::devices::block::BlockEngine;
+use crate::devices::block::{BlockOptions, SyncEngine};
 use crate::devices::net::NetEngine;
 use crate::devices::net::NetOptions;
 use crate::devices::rng::RngEngine;
@@ -73,11 +73,12 @@ impl Specimen for DiskRequests {
     }
 
     fn device(&self) -> Box<dyn VirtioDevice> {
-        Box::new(block::device("block0".into(), self.open(false), None, CacheMode::Writeback).unwrap())
+        let options = BlockOptions { id: None, cache: CacheMode::Writeback, queues: 1 };
+        Box::new(block::device("block0".into(), self.open(false), options).unwrap())
     }
 
     fn engine(&self) -> Box<dyn Engine> {
-        Box::new(BlockEngine::new("block0".into(), self.open(false), None, CacheMode::Writeback))
+        Box::new(SyncEngine::new("block0".into(), self.open(false).into(), [0; 20], CacheMode::Writeback))
     }
 
     fn prepare(&mut self, ram: &Ram, n: u32, at: u64) -> Vec<Buffer> {

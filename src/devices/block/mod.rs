@@ -1,0 +1,134 @@
+//! virtio-blk (virtio 1.2, section 5.2): one or more queues over one disk, a thread each.
+
+mod request;
+mod sync;
+
+use std::io;
+use std::path::Path;
+use std::sync::Arc;
+
+use virtio_bindings::virtio_blk as blk;
+use zerocopy::{FromZeros, Immutable, IntoBytes, little_endian as le};
+
+use self::request::{MAX_DISCARD_RANGES, MAX_DISCARD_SECTORS, MAX_ZEROES_RANGES, MAX_ZEROES_SECTORS};
+pub(super) use self::sync::SyncEngine;
+use super::front::{Front, QueueServer};
+use super::worker::Worker;
+use crate::backend::Disk;
+use crate::backend::disk::SECTOR;
+use crate::config::CacheMode;
+use crate::virtio::{DeviceKind, feature};
+
+const QUEUE_SIZE: u16 = 256;
+
+/// A chain holds a header and a status byte besides the data.
+const MAX_SEGMENTS: u32 = QUEUE_SIZE as u32 - 2;
+
+const ID_BYTES: usize = blk::VIRTIO_BLK_ID_BYTES as usize;
+
+/// `struct virtio_blk_config`, to the end of what we offer.
+#[derive(FromZeros, IntoBytes, Immutable)]
+#[repr(C)]
+struct Config {
+    capacity: le::U64,
+    size_max: le::U32,
+    seg_max: le::U32,
+    geometry: [u8; 4],
+    blk_size: le::U32,
+    physical_block_exp: u8,
+    alignment_offset: u8,
+    min_io_size: le::U16,
+    opt_io_size: le::U32,
+    writeback: u8,
+    unused0: u8,
+    num_queues: le::U16,
+    max_discard_sectors: le::U32,
+    max_discard_seg: le::U32,
+    discard_sector_alignment: le::U32,
+    max_write_zeroes_sectors: le::U32,
+    max_write_zeroes_seg: le::U32,
+    write_zeroes_may_unmap: u8,
+    unused1: [u8; 3],
+}
+
+#[derive(Debug, Clone, Copy)]
+pub struct BlockOptions<'a> {
+    /// What the guest is told when it asks for the serial number, cut to 20 bytes; without one, a number made
+    /// from the path.
+    pub id: Option<&'a str>,
+    pub cache: CacheMode,
+    /// How many queues there are, one at least.
+    pub queues: u16,
+}
+
+/// Makes the device, and its threads.
+pub fn device(name: String, disk: Disk, options: BlockOptions<'_>) -> io::Result<Front> {
+    let (features, config) = offer(&disk, options);
+    let id = padded_id(options.id, disk.path());
+    let disk = Arc::new(disk);
+    let serve = |index| -> io::Result<Box<dyn QueueServer>> {
+        let engine = SyncEngine::new(name.clone(), disk.clone(), id, options.cache);
+        let thread = if options.queues == 1 { name.clone() } else { format!("{name}.{index}") };
+        Ok(Box::new(Worker::spawn(&thread, Box::new(engine), &[(index, QUEUE_SIZE)])?))
+    };
+    let servers = (0..options.queues).map(serve).collect::<io::Result<_>>()?;
+    Ok(Front::new(DeviceKind::Block, name, features, config.as_bytes().to_vec(), servers))
+}
+
+/// What the driver is told about the disk: features, and the configuration space.
+fn offer(disk: &Disk, options: BlockOptions<'_>) -> (u64, Config) {
+    let mut features = feature::RING
+        | 1 << blk::VIRTIO_BLK_F_SEG_MAX
+        | 1 << blk::VIRTIO_BLK_F_BLK_SIZE
+        | 1 << blk::VIRTIO_BLK_F_TOPOLOGY;
+    if disk.read_only() {
+        features |= 1 << blk::VIRTIO_BLK_F_RO;
+    } else {
+        // Whether the host's file system can discard is only known when it is tried: a request that it
+        // refuses is answered with UNSUPP. Zeroes can always be written.
+        features |= 1 << blk::VIRTIO_BLK_F_DISCARD | 1 << blk::VIRTIO_BLK_F_WRITE_ZEROES;
+        if options.cache == CacheMode::Writeback {
+            features |= 1 << blk::VIRTIO_BLK_F_FLUSH;
+        }
+    }
+    // The host's block in sectors, if it is a sensible number: a power of two up to 64 KiB.
+    let block = disk.block_size() / SECTOR;
+    let block = if block.is_power_of_two() && block <= 128 { block as u32 } else { 1 };
+    let mut config = Config::new_zeroed();
+    config.capacity = (disk.bytes() / SECTOR).into();
+    config.seg_max = MAX_SEGMENTS.into();
+    config.blk_size = (SECTOR as u32).into();
+    config.physical_block_exp = block.ilog2() as u8;
+    config.min_io_size = (block as u16).into();
+    if !disk.read_only() {
+        config.max_discard_sectors = MAX_DISCARD_SECTORS.into();
+        config.max_discard_seg = MAX_DISCARD_RANGES.into();
+        config.discard_sector_alignment = block.into();
+        config.max_write_zeroes_sectors = MAX_ZEROES_SECTORS.into();
+        config.max_write_zeroes_seg = MAX_ZEROES_RANGES.into();
+        config.write_zeroes_may_unmap = 1;
+    }
+    if options.queues > 1 {
+        features |= 1 << blk::VIRTIO_BLK_F_MQ;
+        config.num_queues = options.queues.into();
+    }
+    (features, config)
+}
+
+pub(super) fn padded_id(id: Option<&str>, path: &Path) -> [u8; ID_BYTES] {
+    let id = id.map_or_else(|| id_from_path(path), str::to_owned);
+    let mut padded = [0; ID_BYTES];
+    for (to, from) in padded.iter_mut().zip(id.bytes()) {
+        *to = from;
+    }
+    padded
+}
+
+/// 16 hex digits that stay the same for the same path: its 64-bit FNV-1a hash.
+fn id_from_path(path: &Path) -> String {
+    let bytes = path.as_os_str().as_encoded_bytes();
+    let hash = bytes
+        .iter()
+        .fold(0xcbf2_9ce4_8422_2325, |hash: u64, &byte| (hash ^ u64::from(byte)).wrapping_mul(0x0000_0100_0000_01b3));
+    format!("{hash:016x}")
+}

@@ -1,0 +1,123 @@
+//! The engine that does one request after the other, and waits for the disk where it has to.
+
+use std::io;
+use std::sync::Arc;
+
+use virtio_bindings::virtio_blk as blk;
+
+use super::ID_BYTES;
+use super::request::{Answer, Failure, Ranges, Request};
+use crate::backend::Disk;
+use crate::config::CacheMode;
+use crate::devices::worker::{Engine, Served, Turn, serve_each};
+use crate::memory::Ram;
+use crate::observe::guest_warning;
+use crate::virtio::{Chain, RingError, Virtqueue};
+
+pub struct SyncEngine {
+    pub name: String,
+    pub disk: Arc<Disk>,
+    id: [u8; ID_BYTES],
+    cache: CacheMode,
+    /// The driver does not flush, so every write has to last by itself.
+    pub write_through: bool,
+}
+
+impl SyncEngine {
+    pub fn new(name: String, disk: Arc<Disk>, id: [u8; ID_BYTES], cache: CacheMode) -> Self {
+        Self { name, disk, id, cache, write_through: false }
+    }
+
+    /// Does a flush mean anything?
+    pub fn flushes(&self) -> bool {
+        self.cache == CacheMode::Writeback
+    }
+
+    /// Does what the chain asks and answers it; returns how many bytes were written in front.
+    fn request(&self, chain: &mut Chain, queue: &mut Virtqueue) -> u32 {
+        let Some(answer) = self.answer(chain) else { return 0 };
+        let result = Request::take(chain, &self.disk).and_then(|request| self.execute(request, chain, queue));
+        self.give(answer, queue.ram(), &result)
+    }
+
+    /// Where the chain's answer goes.
+    pub fn answer(&self, chain: &mut Chain) -> Option<Answer> {
+        let answer = Answer::take(chain);
+        if answer.is_none() {
+            guest_warning!("{}: a request without a status byte", self.name);
+        }
+        answer
+    }
+
+    /// Answers a request, see [`Answer::give`]; tells the log of the host's errors.
+    pub fn give(&self, answer: Answer, ram: &Ram, result: &Result<usize, Failure>) -> u32 {
+        if let Err(Failure::Host(error)) = result {
+            guest_warning!("{}: {}: {error}", self.name, self.disk.path().display());
+        }
+        answer.give(ram, result)
+    }
+
+    /// Returns how many bytes of the chain's data buffers were written. Before it waits for the disk, it
+    /// announces what was done before.
+    pub fn execute(&self, request: Request, chain: &mut Chain, queue: &mut Virtqueue) -> Result<usize, Failure> {
+        match request {
+            Request::Read { offset } => {
+                let len = chain.writable.len();
+                let unannounced = queue.unannounced();
+                let mut announce = || queue.interrupt();
+                self.disk.read(&mut chain.writable, offset, unannounced.then_some(&mut announce))?;
+                Ok(len)
+            }
+            Request::Write { offset } => {
+                let unannounced = queue.unannounced();
+                let mut announce = || queue.interrupt();
+                self.disk.write(&mut chain.readable, offset, unannounced.then_some(&mut announce))?;
+                self.settle(queue)
+            }
+            Request::Flush => {
+                if self.flushes() {
+                    queue.interrupt();
+                    self.disk.flush()?;
+                }
+                Ok(0)
+            }
+            Request::GetId => Ok(chain.writable.copy_from(&self.id)),
+            Request::Discard => {
+                let ranges = Ranges::of_discard(chain, &self.disk)?;
+                queue.interrupt();
+                for range in ranges.extents() {
+                    self.disk.discard(range.offset, range.len)?;
+                }
+                self.settle(queue)
+            }
+            Request::WriteZeroes => {
+                let ranges = Ranges::of_write_zeroes(chain, &self.disk)?;
+                queue.interrupt();
+                for range in ranges.extents() {
+                    self.disk.write_zeroes(range.offset, range.len, ranges.unmap)?;
+                }
+                self.settle(queue)
+            }
+        }
+    }
+
+    /// After a change of the disk: without a flush to come, it has to last already.
+    fn settle(&self, queue: &mut Virtqueue) -> Result<usize, Failure> {
+        if self.write_through {
+            queue.interrupt();
+            self.disk.flush()?;
+        }
+        Ok(0)
+    }
+}
+
+impl Engine for SyncEngine {
+    fn start(&mut self, _index: u16, features: u64, _ram: &Ram) -> io::Result<()> {
+        self.write_through = self.flushes() && features & 1 << blk::VIRTIO_BLK_F_FLUSH == 0;
+        Ok(())
+    }
+
+    fn serve(&mut self, queue: &mut Virtqueue, chain: &mut Chain, turn: &mut Turn<'_>) -> Result<Served, RingError> {
+        serve_each(queue, chain, turn, |chain, queue| self.request(chain, queue))
+    }
+}
