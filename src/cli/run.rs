@@ -41,11 +41,11 @@ pub struct RunArgs {
     cmdline: Option<String>,
 
     /// Root disk: a raw image or a block device, the guest's /dev/vda. A comma in a path is written twice
-    #[arg(long, value_name = "PATH[,ro][,id=NAME][,cache=writeback|unsafe][,queues=N]", value_parser = DiskConfig::from_arg)]
+    #[arg(long, value_name = "PATH[,ro][,id=NAME][,cache=writeback|unsafe][,queues=N][,engine=ENGINE]", value_parser = DiskConfig::from_arg)]
     rootfs: Option<DiskConfig>,
 
     /// Another disk; may be repeated
-    #[arg(long, value_name = "PATH[,ro][,id=NAME][,cache=writeback|unsafe][,queues=N]", value_parser = DiskConfig::from_arg)]
+    #[arg(long, value_name = "PATH[,ro][,id=NAME][,cache=writeback|unsafe][,queues=N][,engine=ENGINE]", value_parser = DiskConfig::from_arg)]
     disk: Vec<DiskConfig>,
 
     /// Number of vCPUs, 1 to 64

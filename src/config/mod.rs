@@ -90,6 +90,7 @@ pub struct DiskConfig {
     /// What the guest sees as the disk's serial number.
     pub id: Option<String>,
     pub cache: CacheMode,
+    pub engine: IoEngine,
     /// Request queues, each served by a thread of its own.
     pub queues: u16,
     pub root: bool,
@@ -103,6 +104,18 @@ pub enum CacheMode {
     Writeback,
     /// No flush is offered: a power loss of the host may lose what the guest has synced.
     Unsafe,
+}
+
+/// How a disk's file is read and written.
+#[derive(Debug, Clone, Copy, PartialEq, Eq, Default)]
+pub enum IoEngine {
+    /// By io_uring where the host has it and it helps, else as `Sync`.
+    #[default]
+    Auto,
+    /// One request of a queue at a time.
+    Sync,
+    /// Many at a time.
+    IoUring,
 }
 
 #[derive(Debug, Clone, PartialEq, Eq)]

@@ -5,7 +5,7 @@
 use std::path::PathBuf;
 use std::str::FromStr;
 
-use super::{CacheMode, ConfigError, DiskConfig, MAX_DISK_QUEUES, NetConfig, SerialConfig, Transport};
+use super::{CacheMode, ConfigError, DiskConfig, IoEngine, MAX_DISK_QUEUES, NetConfig, SerialConfig, Transport};
 
 /// The parts of an option text, each at most once.
 struct Parts {
@@ -52,7 +52,7 @@ fn flag(key: &'static str, value: Option<&str>) -> Result<bool, ConfigError> {
 }
 
 impl DiskConfig {
-    /// `PATH[,ro][,id=NAME][,cache=writeback|unsafe][,queues=N]`
+    /// `PATH[,ro][,id=NAME][,cache=writeback|unsafe][,queues=N][,engine=sync|io_uring|auto]`
     ///
     /// # Errors
     /// What is wrong with the text.
@@ -66,6 +66,7 @@ impl DiskConfig {
             read_only: false,
             id: None,
             cache: CacheMode::default(),
+            engine: IoEngine::default(),
             queues: 1,
             root: false,
         };
@@ -83,8 +84,9 @@ impl DiskConfig {
                         }
                     }
                 }
+                ("engine", value) => disk.engine = value.unwrap_or_default().parse()?,
                 ("queues", value) => disk.queues = disk_queues(value.unwrap_or_default())?,
-                _ => return Err(ConfigError::UnknownOption { key, known: "ro, id, cache and queues" }),
+                _ => return Err(ConfigError::UnknownOption { key, known: "ro, id, cache, queues and engine" }),
             }
         }
         Ok(disk)
@@ -105,6 +107,19 @@ fn disk_id(id: String) -> Result<String, ConfigError> {
         Ok(id)
     } else {
         Err(ConfigError::DiskId(id))
+    }
+}
+
+impl FromStr for IoEngine {
+    type Err = ConfigError;
+
+    fn from_str(text: &str) -> Result<Self, ConfigError> {
+        match text {
+            "auto" => Ok(Self::Auto),
+            "sync" => Ok(Self::Sync),
+            "io_uring" => Ok(Self::IoUring),
+            _ => Err(ConfigError::OptionValue { key: "engine", value: text.into(), takes: "sync, io_uring or auto" }),
+        }
     }
 }
 
@@ -187,12 +202,13 @@ mod tests {
 
     #[test]
     fn disks() {
-        let disk: DiskConfig = "a b.img,ro,id=data-1,cache=unsafe,queues=4".parse().unwrap();
+        let disk: DiskConfig = "a b.img,ro,id=data-1,cache=unsafe,queues=4,engine=io_uring".parse().unwrap();
         let expected = DiskConfig {
             path: "a b.img".into(),
             read_only: true,
             id: Some("data-1".into()),
             cache: CacheMode::Unsafe,
+            engine: IoEngine::IoUring,
             queues: 4,
             root: false,
         };
@@ -204,11 +220,12 @@ mod tests {
             ("a,ro,ro", ConfigError::RepeatedOption("ro".into())),
             ("a,id=", ConfigError::DiskId(String::new())),
             ("a,id=123456789012345678901", ConfigError::DiskId("123456789012345678901".into())),
-            ("a,size=1", ConfigError::UnknownOption { key: "size".into(), known: "ro, id, cache and queues" }),
+            ("a,size=1", ConfigError::UnknownOption { key: "size".into(), known: "ro, id, cache, queues and engine" }),
             ("a,ro=maybe", ConfigError::OptionValue { key: "ro", value: "maybe".into(), takes: "on or off" }),
         ] {
             assert_eq!(text.parse::<DiskConfig>(), Err(error), "{text}");
         }
+        assert!("a,engine=aio".parse::<DiskConfig>().is_err());
         for (queues, ok) in [("1", true), ("16", true), ("17", false), ("0", false), ("-1", false), ("", false)] {
             assert_eq!(format!("a,queues={queues}").parse::<DiskConfig>().is_ok(), ok, "{queues} queues");
         }

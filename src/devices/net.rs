@@ -256,6 +256,6 @@ impl Engine for NetEngine {
     }
 
     fn source(&self) -> Option<Source> {
-        Some(Source { queue: RX, fd: self.tap.as_fd().as_raw_fd() })
+        Some(Source { queue: RX, fd: self.tap.as_fd().as_raw_fd(), always: false })
     }
 }

@@ -47,7 +47,9 @@ pub trait Engine: Send {
     /// allocations. Used entries may be left unannounced, unless the engine is about to wait for something.
     fn serve(&mut self, queue: &mut Virtqueue, chain: &mut Chain, turn: &mut Turn<'_>) -> Result<Served, RingError>;
 
-    /// A queue is about to be stopped: chains popped but not used go back to it.
+    /// A queue is about to be stopped: chains popped but not used go back to it, or are used first. The device
+    /// touches guest memory no more when this returns. After an error of [`Self::serve`] the queue is to be left
+    /// as it is.
     fn stop(&mut self, _queue: &mut Virtqueue) {}
 
     /// A descriptor that brings work for a queue, besides the driver's kicks.
@@ -62,6 +64,9 @@ pub struct Source {
     pub queue: u16,
     /// Open as long as the engine lives.
     pub fd: RawFd,
+    /// Listened to at all times, because it speaks only of what the engine has begun itself; else only after
+    /// [`Served::NoWork`].
+    pub always: bool,
 }
 
 /// How a turn of a queue ended.
@@ -139,9 +144,10 @@ impl Worker {
         let epoll = Epoll::new()?;
         watch(&epoll, ControlOperation::Add, bell.as_raw_fd(), BELL, EventSet::IN)?;
         let source = engine.source();
-        if let Some(Source { queue, fd }) = source {
+        if let Some(Source { queue, fd, always }) = source {
             let slot = queues.iter().position(|&(index, _)| index == queue).ok_or(io::ErrorKind::InvalidInput)?;
-            watch(&epoll, ControlOperation::Add, fd, slot as u64, EventSet::empty())?;
+            let events = if always { EventSet::IN } else { EventSet::empty() };
+            watch(&epoll, ControlOperation::Add, fd, slot as u64, events)?;
         }
         let called = Arc::new(AtomicBool::new(false));
         let (commands, inbox) = mpsc::channel();
@@ -326,9 +332,8 @@ impl Service {
     /// Listens to the engine's source, or no longer, if it works for this queue.
     fn listen(&mut self, slot: usize, listen: bool) {
         let index = self.slots[slot].index;
-        let Some(source) = self.source.filter(|source| source.queue == index && self.listening != listen) else {
-            return;
-        };
+        let ours = |source: &Source| source.queue == index && !source.always;
+        let Some(source) = self.source.filter(|source| ours(source) && self.listening != listen) else { return };
         // A change of events looks at the descriptor anew: what came meanwhile is not lost.
         let events = if listen { EventSet::IN } else { EventSet::empty() };
         if let Err(error) = watch(&self.epoll, ControlOperation::Modify, source.fd, slot as u64, events) {

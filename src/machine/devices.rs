@@ -8,7 +8,7 @@ use crate::backend::HostFiles;
 use crate::backend::disk::Disk;
 use crate::backend::tap::Tap;
 use crate::config::{DiskConfig, NetConfig, Transport, VmConfig};
-use crate::devices::block::BlockOptions;
+use crate::devices::block::{BlockOptions, Rings};
 use crate::devices::net::NetOptions;
 use crate::devices::{Front, block, net, rng};
 use crate::memory::Ram;
@@ -84,9 +84,10 @@ fn open(config: &VmConfig, host: &dyn HostFiles) -> Result<Vec<Front>, MachineEr
 }
 
 fn open_block(index: usize, config: &DiskConfig, host: &dyn HostFiles) -> Result<Front, MachineError> {
-    let disk = Disk::open(host, &config.path, config.read_only)?;
+    let disk = Arc::new(Disk::open(host, &config.path, config.read_only)?);
     let options = BlockOptions { id: config.id.as_deref(), cache: config.cache, queues: config.queues };
-    block::device(format!("block{index}"), disk, options).map_err(MachineError::host("make a block device"))
+    let rings = Rings::new(&disk, host, config.engine, config.queues)?;
+    block::device(format!("block{index}"), disk, rings, options).map_err(MachineError::host("make a block device"))
 }
 
 fn open_net(index: usize, config: &NetConfig, host: &dyn HostFiles) -> Result<Front, MachineError> {

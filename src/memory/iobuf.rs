@@ -39,6 +39,12 @@ impl IoBuf {
         Self { ram, vecs: Vec::new(), addrs: Vec::new(), len: 0 }
     }
 
+    /// An empty list for buffers of the same RAM.
+    #[must_use]
+    pub fn another(&self) -> Self {
+        Self::new(self.ram.clone())
+    }
+
     pub fn clear(&mut self) {
         self.vecs.clear();
         self.addrs.clear();
@@ -275,6 +281,13 @@ impl IoBuf {
         let fd = fd.as_fd().as_raw_fd();
         // SAFETY: as in `write_at`.
         cvt(|| unsafe { libc::writev(fd, self.vecs.as_ptr(), self.count()) })
+    }
+
+    /// The vectors and their number, `IOV_MAX` at most, for a system call that outlasts this one: whoever makes it
+    /// keeps the list as it is meanwhile.
+    #[must_use]
+    pub fn vectors(&self) -> (*const libc::iovec, u32) {
+        (self.vecs.as_ptr(), self.count() as u32)
     }
 
     fn count(&self) -> libc::c_int {

@@ -7,6 +7,7 @@ mod boot_files;
 mod disks;
 mod full_disk;
 mod help;
+mod io_uring;
 mod kvm;
 mod mistake;
 mod nobody;

@@ -37,7 +37,7 @@ fn texts_that_are_no_options() {
         ("--disk", ",ro", "a path is missing"),
         ("--disk", "a,ro=maybe", "on or off"),
         ("--disk", "a,ro,ro", "given twice"),
-        ("--disk", "a,size=1", "ro, id, cache and queues"),
+        ("--disk", "a,size=1", "ro, id, cache, queues and engine"),
         ("--disk", "a,id=123456789012345678901", "1 to 20 characters"),
         ("--disk", "a,cache=none", "writeback or unsafe"),
         ("--rootfs", "a,frob", "frob"),

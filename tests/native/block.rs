@@ -58,10 +58,15 @@ fn with_disks(name: &str, cmdline: &str, disks: &[String]) -> Command {
 
 #[test]
 fn what_the_guest_writes_is_in_the_file() {
-    for name in ["block", "block-pvh"] {
+    for (name, options) in [
+        ("block", ",engine=sync"),
+        ("block", ",engine=io_uring,queues=4"),
+        ("block-pvh", ""),
+        ("block-pvh", ",queues=2"),
+    ] {
         let dir = dir();
         let path = disk(&dir, "disk");
-        let mut command = with_disks(name, "x", &[format!("{},id=a-name.of_20-letters", path.display())]);
+        let mut command = with_disks(name, "x", &[format!("{},id=a-name.of_20-letters{options}", path.display())]);
         let output = expect_checks(&mut command, CHECKS);
         assert!(output.contains("\nid=a-name.of_20-letters\n"), "{output}");
         assert!(output.contains(" capacity=2048\n"), "{output}");

@@ -19,6 +19,8 @@ pub enum DiskError {
     Lock { path: PathBuf, source: io::Error },
     #[error("cannot find out the size of disk {}", path.display())]
     Size { path: PathBuf, source: io::Error },
+    #[error("cannot use io_uring for disk {}", path.display())]
+    Uring { path: PathBuf, source: io::Error },
     #[error("disk {} is smaller than one sector of {SECTOR} bytes", path.display())]
     Empty { path: PathBuf },
 }
@@ -39,6 +41,7 @@ impl DiskError {
                 Some(format!("several VMs can share a disk only if all attach it read-only: {},ro", path.display()))
             }
             Self::Locked { read_only: true, .. } => Some("another VM holds it for writing".into()),
+            Self::Uring { source, .. } => Some(super::uring::hint(source).into()),
             Self::NotADisk { .. } => Some("give a raw disk image or a block device".into()),
             Self::Empty { path } => Some(format!("give it a size: truncate -s 1G {}", path.display())),
             _ => None,

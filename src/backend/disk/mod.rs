@@ -5,7 +5,9 @@
 mod error;
 mod file;
 mod raw;
+pub mod uring;
 
+use std::fs::File;
 use std::io;
 use std::os::fd::BorrowedFd;
 use std::path::{Path, PathBuf};
@@ -14,7 +16,7 @@ pub use self::error::DiskError;
 
 use self::file::DiskFile;
 use self::raw::Raw;
-use crate::backend::host::HostFiles;
+use crate::backend::host::{HostFile, HostFiles};
 use crate::memory::IoBuf;
 
 /// The unit of a virtio disk's addresses and lengths, in bytes.
@@ -83,6 +85,51 @@ impl Disk {
     pub fn raw_file(&self) -> Option<BorrowedFd<'_>> {
         match &self.format {
             Format::Raw(raw) => Some(raw.file()),
+        }
+    }
+
+    /// Opens that file once more, without the lock, for those who may hold it for a moment longer than this process
+    /// lives.
+    ///
+    /// # Errors
+    /// The host's; `Unsupported` where [`Self::raw_file`] has none, `NotFound` if another file has taken its place.
+    pub fn open_again(&self, files: &dyn HostFiles) -> io::Result<File> {
+        let ours = rustix::fs::fstat(self.raw_file().ok_or(io::ErrorKind::Unsupported)?)?;
+        let file = files.open(&HostFile::Disk { path: self.path.clone(), read_only: self.read_only })?;
+        let theirs = rustix::fs::fstat(&file)?;
+        let same = (ours.st_dev, ours.st_ino, ours.st_rdev) == (theirs.st_dev, theirs.st_ino, theirs.st_rdev);
+        if same { Ok(file) } else { Err(io::ErrorKind::NotFound.into()) }
+    }
+
+    /// Can the host tell which reads would have to wait? Asks it.
+    pub fn tells_ready_reads(&self) -> bool {
+        match &self.format {
+            Format::Raw(raw) => raw.tells_ready_reads(),
+        }
+    }
+
+    /// Can it tell which writes would have to wait? True until it has said no.
+    pub fn tells_ready_writes(&self) -> bool {
+        match &self.format {
+            Format::Raw(raw) => raw.tells_ready_writes(),
+        }
+    }
+
+    /// Fills as much of `buf` from byte `offset` on as takes no waiting for the disk, using it up; returns how
+    /// many bytes that were. None where the host cannot tell.
+    ///
+    /// # Errors
+    /// As [`Self::read`].
+    pub fn read_ready(&self, buf: &mut IoBuf, offset: u64) -> io::Result<u64> {
+        match &self.format {
+            Format::Raw(raw) => raw.read_ready(buf, offset),
+        }
+    }
+
+    /// Writes as much of `buf` at byte `offset` as takes no waiting; else as [`Self::read_ready`].
+    pub fn write_ready(&self, buf: &mut IoBuf, offset: u64) -> io::Result<u64> {
+        match &self.format {
+            Format::Raw(raw) => raw.write_ready(buf, offset),
         }
     }
 

@@ -1,7 +1,7 @@
 //! A raw disk: the file's bytes are the disk's, read and written in place.
 
 use std::fs::File;
-use std::io::{self, IoSlice};
+use std::io::{self, IoSlice, IoSliceMut};
 use std::os::fd::{AsFd, BorrowedFd};
 use std::sync::atomic::{AtomicBool, Ordering::Relaxed};
 
@@ -25,6 +25,30 @@ impl Raw {
 
     pub fn file(&self) -> BorrowedFd<'_> {
         self.file.as_fd()
+    }
+
+    pub fn tells_ready_reads(&self) -> bool {
+        let mut byte = [0];
+        let flags = rustix::io::ReadWriteFlags::NOWAIT;
+        let tried = rustix::io::preadv2(&self.file, &mut [IoSliceMut::new(&mut byte)], 0, flags);
+        if unsupported(&tried.map_err(io::Error::from)) {
+            self.try_read.store(false, Relaxed);
+        }
+        self.try_read.load(Relaxed)
+    }
+
+    pub fn tells_ready_writes(&self) -> bool {
+        self.try_write.load(Relaxed)
+    }
+
+    pub fn read_ready(&self, buf: &mut IoBuf, offset: u64) -> io::Result<u64> {
+        let file = self.file.as_fd();
+        transfer_ready(buf, offset, &self.try_read, |buf, at| buf.try_read_at(file, at))
+    }
+
+    pub fn write_ready(&self, buf: &mut IoBuf, offset: u64) -> io::Result<u64> {
+        let file = self.file.as_fd();
+        transfer_ready(buf, offset, &self.try_write, |buf, at| buf.try_write_at(file, at))
     }
 
     pub fn read(&self, buf: &mut IoBuf, offset: u64, before_wait: Option<&mut dyn FnMut()>) -> io::Result<()> {
@@ -133,6 +157,29 @@ fn transfer(
         offset += n as u64;
     }
     Ok(())
+}
+
+/// Moves what can be moved without waiting.
+fn transfer_ready(
+    buf: &mut IoBuf,
+    offset: u64,
+    may_try: &AtomicBool,
+    attempt: impl Fn(&IoBuf, u64) -> io::Result<usize>,
+) -> io::Result<u64> {
+    let mut done = 0;
+    while !buf.is_empty() && may_try.load(Relaxed) {
+        match attempt(buf, offset + done) {
+            Err(error) if error.kind() == io::ErrorKind::WouldBlock => break,
+            refused if unsupported(&refused) => may_try.store(false, Relaxed),
+            Ok(0) => return Err(io::ErrorKind::UnexpectedEof.into()),
+            n => {
+                let n = n?;
+                buf.trim_front(n);
+                done += n as u64;
+            }
+        }
+    }
+    Ok(done)
 }
 
 /// Did the host say that it has no such operation?

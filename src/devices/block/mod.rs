@@ -2,6 +2,7 @@
 
 mod request;
 mod sync;
+mod uring;
 
 use std::io;
 use std::path::Path;
@@ -12,11 +13,13 @@ use zerocopy::{FromZeros, Immutable, IntoBytes, little_endian as le};
 
 use self::request::{MAX_DISCARD_RANGES, MAX_DISCARD_SECTORS, MAX_ZEROES_RANGES, MAX_ZEROES_SECTORS};
 pub(super) use self::sync::SyncEngine;
+use self::uring::{Pending, UringEngine};
 use super::front::{Front, QueueServer};
-use super::worker::Worker;
-use crate::backend::Disk;
-use crate::backend::disk::SECTOR;
-use crate::config::CacheMode;
+use super::worker::{Engine, Worker};
+use crate::backend::disk::uring::Uring;
+use crate::backend::disk::{DiskError, SECTOR};
+use crate::backend::{Disk, HostFiles};
+use crate::config::{CacheMode, IoEngine};
 use crate::virtio::{DeviceKind, feature};
 
 const QUEUE_SIZE: u16 = 256;
@@ -61,17 +64,57 @@ pub struct BlockOptions<'a> {
     pub queues: u16,
 }
 
-/// Makes the device, and its threads.
-pub fn device(name: String, disk: Disk, options: BlockOptions<'_>) -> io::Result<Front> {
+/// The rings of a disk's queues, made while all rights are there.
+pub struct Rings {
+    rings: Vec<Uring<Pending>>,
+    /// Everything goes through them, even what the host can do at once: a test of the rings.
+    pub(super) only: bool,
+}
+
+impl Rings {
+    /// Makes a ring for each queue; none if the disk is to do without.
+    ///
+    /// # Errors
+    /// If rings are wanted by name and cannot be had.
+    pub fn new(disk: &Arc<Disk>, files: &dyn HostFiles, engine: IoEngine, queues: u16) -> Result<Rings, DiskError> {
+        let make = || {
+            let file = disk.open_again(files);
+            let file = file.map_err(|source| DiskError::Uring { path: disk.path().to_owned(), source })?;
+            (0..queues).map(|_| Uring::new(disk, &file, uring::DEPTH)).collect::<Result<_, _>>()
+        };
+        let rings = match engine {
+            IoEngine::Sync => Vec::new(),
+            IoEngine::IoUring => make()?,
+            // Where the host cannot tell what has to wait, every request would go a long way round.
+            IoEngine::Auto if !disk.tells_ready_reads() => Vec::new(),
+            IoEngine::Auto => make().unwrap_or_else(|error| {
+                let why = std::error::Error::source(&error).map(ToString::to_string).unwrap_or_default();
+                tracing::info!("{error} ({why}): one request at a time");
+                Vec::new()
+            }),
+        };
+        Ok(Self { rings, only: false })
+    }
+
+    /// The engine of queue `index`: with one of the rings, if there are any.
+    pub(super) fn engine(&mut self, index: u16, sync: SyncEngine) -> Box<dyn Engine> {
+        let Some(ring) = self.rings.pop() else { return Box::new(sync) };
+        let engine = UringEngine::new(index, ring, sync, !self.only);
+        Box::new(engine)
+    }
+}
+
+/// Makes the device, and its threads: with a ring for each queue, or with none.
+pub fn device(name: String, disk: Arc<Disk>, mut rings: Rings, options: BlockOptions<'_>) -> io::Result<Front> {
     let (features, config) = offer(&disk, options);
     let id = padded_id(options.id, disk.path());
-    let disk = Arc::new(disk);
-    let serve = |index| -> io::Result<Box<dyn QueueServer>> {
-        let engine = SyncEngine::new(name.clone(), disk.clone(), id, options.cache);
+    let mut serve = |index| -> io::Result<Box<dyn QueueServer>> {
+        let sync = SyncEngine::new(name.clone(), disk.clone(), id, options.cache);
+        let engine = rings.engine(index, sync);
         let thread = if options.queues == 1 { name.clone() } else { format!("{name}.{index}") };
-        Ok(Box::new(Worker::spawn(&thread, Box::new(engine), &[(index, QUEUE_SIZE)])?))
+        Ok(Box::new(Worker::spawn(&thread, engine, &[(index, QUEUE_SIZE)])?))
     };
-    let servers = (0..options.queues).map(serve).collect::<io::Result<_>>()?;
+    let servers = (0..options.queues).map(&mut serve).collect::<io::Result<_>>()?;
     Ok(Front::new(DeviceKind::Block, name, features, config.as_bytes().to_vec(), servers))
 }
 

@@ -2,6 +2,7 @@
 
 use std::io::{Read, Write};
 use std::os::fd::OwnedFd;
+use std::sync::Arc;
 
 use rustix::net::{AddressFamily, SocketFlags, SocketType, socketpair};
 use tempfile::NamedTempFile;
@@ -9,13 +10,13 @@ use vm_memory::{Bytes, GuestAddress};
 
 use super::driver::{Buffer, readable, writable};
 use crate::backend::{Disk, OpenDirectly, Tap};
-use crate::config::CacheMode;
-use crate::devices::block::{BlockOptions, SyncEngine};
+use crate::config::{CacheMode, IoEngine};
+use crate::devices::block::{BlockOptions, Rings, SyncEngine};
 use crate::devices::net::NetEngine;
 use crate::devices::net::NetOptions;
 use crate::devices::rng::RngEngine;
 use crate::devices::worker::Engine;
-use crate::devices::{block, net, rng};
+use crate::devices::{Front, block, net, rng};
 use crate::memory::Ram;
 use crate::virtio::VirtioDevice;
 
@@ -28,6 +29,10 @@ pub trait Specimen {
     fn queue(&self) -> u16 {
         0
     }
+    /// Are answers in the order of the requests?
+    fn in_order(&self) -> bool {
+        true
+    }
     /// Builds request `n` in the 4 KiB at `at`.
     fn prepare(&mut self, ram: &Ram, n: u32, at: u64) -> Vec<Buffer>;
     /// Does what the host has to do before the device can answer request `n`.
@@ -37,29 +42,72 @@ pub trait Specimen {
 }
 
 pub fn specimens() -> Vec<Box<dyn Specimen>> {
-    vec![
-        Box::new(DiskRequests::new()),
-        Box::new(Receive(Packets::new())),
-        Box::new(Send(Packets::new())),
-        Box::new(Entropy),
-    ]
+    let others: [Box<dyn Specimen>; 3] =
+        [Box::new(Receive(Packets::new())), Box::new(Send(Packets::new())), Box::new(Entropy)];
+    BlockEngine::all().into_iter().map(|engine| Box::new(DiskRequests::new(engine)) as _).chain(others).collect()
+}
+
+/// How a disk is served.
+#[derive(Debug, Clone, Copy, PartialEq, Eq)]
+pub enum BlockEngine {
+    Sync,
+    /// With io_uring, and what is ready done at once.
+    Uring,
+    /// All reads and writes go through the ring.
+    UringOnly,
+}
+
+impl BlockEngine {
+    /// Those that this host can have.
+    pub fn all() -> Vec<Self> {
+        let disk = DiskRequests::new(Self::Uring);
+        match Rings::new(&disk.open(true), &OpenDirectly, IoEngine::IoUring, 1) {
+            Ok(_) => vec![Self::Sync, Self::Uring, Self::UringOnly],
+            Err(error) => {
+                println!("not tested: io_uring: {error}: {}", std::error::Error::source(&error).unwrap());
+                vec![Self::Sync]
+            }
+        }
+    }
+
+    pub fn rings(self, disk: &Arc<Disk>, queues: u16) -> Rings {
+        let engine = if self == Self::Sync { IoEngine::Sync } else { IoEngine::IoUring };
+        let mut rings = Rings::new(disk, &OpenDirectly, engine, queues).unwrap();
+        rings.only = self == Self::UringOnly;
+        rings
+    }
 }
 
 pub const SECTORS: u64 = 128;
 
-/// Writes a sector, reads it back, and so on.
-pub struct DiskRequests(pub NamedTempFile);
+/// Writes and reads by turns: writes to the first half of the disk, and reads what was in the second half.
+pub struct DiskRequests {
+    pub file: NamedTempFile,
+    engine: BlockEngine,
+}
 
 impl DiskRequests {
-    pub fn new() -> Self {
+    pub fn new(engine: BlockEngine) -> Self {
         let file = NamedTempFile::new().unwrap();
         file.as_file().set_len(SECTORS * 512).unwrap();
-        Self(file)
+        Self { file, engine }
     }
 
-    pub fn open(&self, read_only: bool) -> Disk {
+    pub fn open(&self, read_only: bool) -> Arc<Disk> {
         // The lock of a device that has just been dropped is gone with its thread.
-        Disk::open(&OpenDirectly, self.0.path(), read_only).unwrap()
+        Arc::new(Disk::open(&OpenDirectly, self.file.path(), read_only).unwrap())
+    }
+
+    pub fn device_with(&self, read_only: bool, options: BlockOptions<'_>) -> Front {
+        let disk = self.open(read_only);
+        let rings = self.engine.rings(&disk, options.queues);
+        block::device("block0".into(), disk, rings, options).unwrap()
+    }
+
+    /// Sector and data of request `n`, which is even for a write.
+    fn request(n: u32) -> (u64, [u8; 512]) {
+        let at = u64::from(n / 2) % (SECTORS / 2);
+        if n.is_multiple_of(2) { (at, Self::pattern(n)) } else { (at + SECTORS / 2, Self::pattern(at as u32)) }
     }
 
     fn pattern(n: u32) -> [u8; 512] {
@@ -69,28 +117,42 @@ impl DiskRequests {
 
 impl Specimen for DiskRequests {
     fn name(&self) -> &'static str {
-        "block"
+        match self.engine {
+            BlockEngine::Sync => "block",
+            BlockEngine::Uring => "block over io_uring",
+            BlockEngine::UringOnly => "block over io_uring only",
+        }
     }
 
     fn device(&self) -> Box<dyn VirtioDevice> {
         let options = BlockOptions { id: None, cache: CacheMode::Writeback, queues: 1 };
-        Box::new(block::device("block0".into(), self.open(false), options).unwrap())
+        for sector in SECTORS / 2..SECTORS {
+            let data = Self::pattern((sector - SECTORS / 2) as u32);
+            std::os::unix::fs::FileExt::write_all_at(self.file.as_file(), &data, sector * 512).unwrap();
+        }
+        Box::new(self.device_with(false, options))
     }
 
     fn engine(&self) -> Box<dyn Engine> {
-        Box::new(SyncEngine::new("block0".into(), self.open(false).into(), [0; 20], CacheMode::Writeback))
+        let disk = self.open(false);
+        let mut rings = self.engine.rings(&disk, 1);
+        rings.engine(0, SyncEngine::new("block0".into(), disk, [0; 20], CacheMode::Writeback))
+    }
+
+    fn in_order(&self) -> bool {
+        self.engine == BlockEngine::Sync
     }
 
     fn prepare(&mut self, ram: &Ram, n: u32, at: u64) -> Vec<Buffer> {
-        let (kind, sector) = if n.is_multiple_of(2) { (1u32, n / 2) } else { (0, n / 2) };
-        let header = u128::from(kind) | u128::from(u64::from(sector) % SECTORS) << 64;
+        let (sector, data) = Self::request(n);
+        let kind = u32::from(n.is_multiple_of(2));
+        let header = u128::from(kind) | u128::from(sector) << 64;
         ram.write_obj(header.to_le(), GuestAddress(at)).unwrap();
         ram.write_obj(0xffu8, GuestAddress(at + 0xfff)).unwrap();
         // The header and the data in two pieces each.
         let pieces = [(0x400, 500), (0x800, 12)];
         let mut chain = vec![readable(at, 7), readable(at + 7, 9)];
         if kind == 1 {
-            let data = Self::pattern(n / 2);
             ram.write_slice(&data[..500], GuestAddress(at + 0x400)).unwrap();
             ram.write_slice(&data[500..], GuestAddress(at + 0x800)).unwrap();
             chain.extend(pieces.map(|(offset, len)| readable(at + offset, len)));
@@ -104,17 +166,17 @@ impl Specimen for DiskRequests {
 
     fn check(&mut self, ram: &Ram, n: u32, at: u64, written: u32) {
         assert_eq!(ram.read_obj::<u8>(GuestAddress(at + 0xfff)).unwrap(), 0, "status of request {n}");
+        let (sector, expected) = Self::request(n);
         let mut data = [0; 512];
         if n.is_multiple_of(2) {
             assert_eq!(written, 1);
-            std::os::unix::fs::FileExt::read_exact_at(self.0.as_file(), &mut data, u64::from(n / 2) % SECTORS * 512)
-                .unwrap();
+            std::os::unix::fs::FileExt::read_exact_at(self.file.as_file(), &mut data, sector * 512).unwrap();
         } else {
             assert_eq!(written, 513);
             ram.read_slice(&mut data[..500], GuestAddress(at + 0x400)).unwrap();
             ram.read_slice(&mut data[500..], GuestAddress(at + 0x800)).unwrap();
         }
-        assert_eq!(data, Self::pattern(n / 2), "data of request {n}");
+        assert_eq!(data, expected, "data of request {n}");
     }
 }
 
