@@ -58,12 +58,9 @@ fn with_disks(name: &str, cmdline: &str, disks: &[String]) -> Command {
 
 #[test]
 fn what_the_guest_writes_is_in_the_file() {
-    for (name, options) in [
-        ("block", ",engine=sync"),
-        ("block", ",engine=io_uring,queues=4"),
-        ("block-pvh", ""),
-        ("block-pvh", ",queues=2"),
-    ] {
+    for (name, options) in
+        [("block", ",engine=sync"), ("block", ",engine=auto,queues=4"), ("block-pvh", ""), ("block-pvh", ",queues=2")]
+    {
         let dir = dir();
         let path = disk(&dir, "disk");
         let mut command = with_disks(name, "x", &[format!("{},id=a-name.of_20-letters{options}", path.display())]);
