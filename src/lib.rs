@@ -5,6 +5,7 @@
 //!
 //! - [`cli`]: one file per verb; parse, call, render
 //! - [`machine`]: a running VM; the builder, the lifecycle, the one owner of it all
+//! - [`kernels`]: kernels of distributions, imported once and booted by name
 //! - [`boot`]: from a kernel file to the first instruction
 //! - [`platform`]: what a PC needs: memory map, ACPI tables, buses, interrupts, PCI root, serial, reset
 //! - [`cpu`]: a vCPU: CPUID, MSRs, registers, run loop
@@ -14,6 +15,8 @@
 //! - [`memory`]: guest RAM: regions, backing, dirty tracking
 //! - [`config`]: what a VM is: plain data with defaults, units and validation
 //! - [`observe`]: logs and the boot timeline
+//!
+//! Apart from them all, [`guest_init`] is what runs first inside a guest with an imported kernel.
 
 pub mod backend;
 pub mod boot;
@@ -21,6 +24,8 @@ pub mod cli;
 pub mod config;
 pub mod cpu;
 pub mod devices;
+pub mod guest_init;
+pub mod kernels;
 pub mod machine;
 pub mod memory;
 pub mod observe;

@@ -27,6 +27,7 @@ use std::path::PathBuf;
 pub use cache::KernelCache;
 pub use error::{BootError, Flaw, Minimum};
 pub use payload::{Format, UnpackError};
+pub use sparse::copy_sparse;
 
 use crate::cpu::EntryPoint;
 use crate::memory::{RamRegions, total_bytes};
@@ -108,6 +109,15 @@ pub fn load(ram: &RamRegions, source: &BootSource, cache: &KernelCache) -> Resul
             Ok(EntryPoint::Linux64 { rip, zero_page: layout::ZERO_PAGE, page_tables, gdt })
         }
     }
+}
+
+/// The ELF inside a bzImage; `None` for a kernel that is one itself, or has to unpack itself.
+///
+/// # Errors
+/// When it is no kernel, or damaged.
+pub fn unpack(kernel: &BootFile) -> Result<Option<File>, BootError> {
+    let resolved = Kernel::identify(kernel).and_then(|identified| identified.resolve(&KernelCache::off()));
+    resolved.map(|loadable| loadable.unpacked).map_err(|error| error.of(&kernel.path))
 }
 
 /// The highest address a byte of the initrd may have.

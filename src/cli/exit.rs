@@ -7,6 +7,7 @@ use std::io::{self, Write as _};
 use crate::backend::disk::DiskError;
 use crate::backend::tap::TapError;
 use crate::boot::{BootError, Minimum};
+use crate::kernels::KernelsError;
 use crate::machine::{End, KvmError, MachineError};
 
 /// How the program ends. The numbers are a promise: docs/exit-codes.md lists them.
@@ -37,12 +38,19 @@ pub enum Exit {
     NoSuchTap = 40,
     TapUnusable = 41,
     Serial = 50,
+    NoSuchKernel = 60,
+    KernelExists = 61,
+    PackageUnreadable = 62,
+    PackageUnusable = 63,
+    KernelLibrary = 64,
+    KernelBundleDamaged = 65,
 }
 
 pub const HELP: &str = "\
 Exit status: 0 the guest powered off, 3 it reset, 4 its kernel panicked, 5 it was stopped from outside,
 6 a vCPU could not go on; 1 an internal error, 2 wrong usage, 10 to 12 KVM, 20 to 26 kernel, initrd and
-command line, 30 to 32 disks, 40 and 41 taps, 50 the serial port. See docs/exit-codes.md.";
+command line, 30 to 32 disks, 40 and 41 taps, 50 the serial port, 60 to 65 imported kernels.
+See docs/exit-codes.md.";
 
 impl From<&End> for Exit {
     fn from(end: &End) -> Self {
@@ -110,7 +118,10 @@ fn judge(error: &MachineError) -> (Exit, Option<String>) {
 
 fn judge_boot(error: &BootError) -> (Exit, Option<String>) {
     let (exit, hint) = match error {
-        BootError::ReadKernel { .. } => (Exit::KernelUnreadable, "check the path of --kernel and its permissions"),
+        BootError::ReadKernel { .. } => (
+            Exit::KernelUnreadable,
+            "check the path of --kernel and its permissions; 'tranche kernel ls' lists what it can name besides",
+        ),
         BootError::NotAKernel { .. } => {
             (Exit::NotAKernel, "give a bzImage (such as /boot/vmlinuz) or an ELF vmlinux for x86-64")
         }
@@ -133,9 +144,22 @@ fn judge_boot(error: &BootError) -> (Exit, Option<String>) {
     (exit, Some(hint.to_owned()))
 }
 
-/// Prints an error in three lines at most, and tells the exit code.
+/// Prints why a machine could not be built, and tells the exit code.
 pub fn report(error: &MachineError) -> Exit {
     let (exit, hint) = judge(error);
+    explain(error, hint);
+    exit
+}
+
+/// Prints what is wrong with imported kernels, and tells the exit code.
+pub fn report_kernels(error: &KernelsError) -> Exit {
+    let (exit, hint) = super::kernel::judge(error);
+    explain(error, hint);
+    exit
+}
+
+/// Prints an error in three lines at most.
+fn explain(error: &dyn Error, hint: Option<String>) {
     let mut text = format!("tranche: error: {error}\n");
     let causes: Vec<String> = std::iter::successors(error.source(), |&e| e.source()).map(ToString::to_string).collect();
     if !causes.is_empty() {
@@ -145,7 +169,11 @@ pub fn report(error: &MachineError) -> Exit {
         let _ = writeln!(text, "  hint: {hint}");
     }
     say(&text);
-    exit
+}
+
+/// Writes to standard output, as far as somebody listens.
+pub fn print(text: &str) {
+    let _ = io::stdout().write_all(text.as_bytes());
 }
 
 /// Writes to standard error. Nobody is left to tell when that is closed; the exit code still is.

@@ -3,8 +3,10 @@
 mod console;
 mod escape;
 mod exit;
+mod kernel;
 mod run;
 mod signals;
+mod table;
 mod terminal;
 
 use std::process::ExitCode;
@@ -25,6 +27,8 @@ struct Cli {
 #[derive(Debug, Subcommand)]
 enum Verb {
     Run(run::RunArgs),
+    #[command(subcommand)]
+    Kernel(kernel::KernelVerb),
 }
 
 /// The command line's definition, from which man pages and completions are generated.
@@ -39,6 +43,7 @@ pub fn main(start: Instant) -> ExitCode {
     share_one_heap();
     match Cli::parse().verb {
         Verb::Run(args) => run::run(args, start),
+        Verb::Kernel(verb) => kernel::run(verb),
     }
 }
 

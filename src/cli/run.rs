@@ -1,7 +1,7 @@
 //! `tranche run`: boots a VM and stays with it until it ends.
 
 use std::io;
-use std::path::PathBuf;
+use std::path::{Path, PathBuf};
 use std::process::ExitCode;
 use std::str::FromStr;
 use std::sync::Arc;
@@ -17,6 +17,7 @@ use super::exit::{self, Exit};
 use super::signals::Signals;
 use crate::backend::{HostFiles, OpenDirectly};
 use crate::config::{DiskConfig, MemorySize, NetConfig, SerialConfig, Transport, VmConfig};
+use crate::kernels::{Bundle, KernelsError, Library};
 use crate::machine::{End, Machine, MachineError, SerialSetup, State};
 use crate::memory::release_startup_code;
 use crate::observe::{Timeline, init_log};
@@ -28,11 +29,11 @@ use crate::observe::{Timeline, init_log};
 #[derive(Debug, Args)]
 #[command(after_help = exit::HELP)]
 pub struct RunArgs {
-    /// Kernel: a bzImage (vmlinuz) as distributions ship it, or an ELF vmlinux
-    #[arg(long, value_name = "PATH")]
+    /// Kernel: a bzImage (vmlinuz) as distributions ship it, an ELF vmlinux, or the name of an imported one
+    #[arg(long, value_name = "PATH|NAME")]
     kernel: PathBuf,
 
-    /// Initial RAM disk
+    /// Initial RAM disk; an imported kernel has its own
     #[arg(long, value_name = "PATH")]
     initrd: Option<PathBuf>,
 
@@ -101,11 +102,15 @@ impl From<LogLevel> for Option<Level> {
 }
 
 impl RunArgs {
-    fn into_config(self) -> VmConfig {
+    fn into_config(self) -> Result<VmConfig, KernelsError> {
+        let (kernel, initrd) = match imported(&self.kernel)? {
+            Some(bundle) => (bundle.kernel(), self.initrd.or_else(|| Some(bundle.initrd()))),
+            None => (self.kernel, self.initrd),
+        };
         let root = self.rootfs.map(|disk| DiskConfig { root: true, ..disk });
-        VmConfig {
-            kernel: self.kernel,
-            initrd: self.initrd,
+        Ok(VmConfig {
+            kernel,
+            initrd,
             cmdline: self.cmdline,
             cpus: self.cpus,
             memory: self.memory,
@@ -113,7 +118,17 @@ impl RunArgs {
             nics: self.net,
             serial: self.serial,
             transport: self.transport,
-        }
+        })
+    }
+}
+
+/// The imported kernel that `--kernel` names, if it does: a word without a slash. A file of that name is `./NAME`.
+fn imported(kernel: &Path) -> Result<Option<Bundle>, KernelsError> {
+    let Some(name) = kernel.to_str().filter(|name| !name.contains('/')) else { return Ok(None) };
+    match Library::of_user().and_then(|library| library.find(name)) {
+        Ok(bundle) => Ok(Some(bundle)),
+        Err(KernelsError::Unknown(_) | KernelsError::NoPlace) => Ok(None),
+        Err(error) => Err(error),
     }
 }
 
@@ -121,7 +136,11 @@ pub fn run(args: RunArgs, start: Instant) -> ExitCode {
     init_log(args.log_level.into());
     let timeline = Arc::new(Timeline::from(start));
     let print_timeline = args.boot_timeline;
-    let exit = match run_to_end(&args.into_config(), &OpenDirectly, &timeline) {
+    let config = match args.into_config() {
+        Ok(config) => config,
+        Err(error) => return ExitCode::from(exit::report_kernels(&error) as u8),
+    };
+    let exit = match run_to_end(&config, &OpenDirectly, &timeline) {
         Ok(end) => {
             tell(&end);
             Exit::from(&end)

@@ -1,0 +1,148 @@
+//! `tranche kernel`: imports kernels of distributions, lists and removes them.
+
+use std::path::PathBuf;
+use std::process::ExitCode;
+
+use clap::{Args, Subcommand, ValueEnum};
+
+use super::exit::{self, Exit};
+use super::table::Table;
+use crate::config::MemorySize;
+use crate::kernels::{self, Bundle, KernelsError, Library, Source};
+
+/// Import kernels of distributions, to boot them by name
+#[derive(Debug, Subcommand)]
+pub enum KernelVerb {
+    Import(ImportArgs),
+    Ls(LsArgs),
+    Rm(RmArgs),
+}
+
+/// Import a kernel from a Debian package, or from a directory
+///
+/// What comes out is the unpacked kernel, and an initrd with the modules that a guest of Tranche needs: it finds the
+/// root file system by root=/dev/NAME, LABEL=, UUID=, PARTLABEL= or PARTUUID= (ext4, xfs, btrfs, squashfs, erofs).
+/// Boot it with 'tranche run --kernel NAME'.
+#[derive(Debug, Args)]
+pub struct ImportArgs {
+    /// A package (linux-image-*.deb), or a directory that holds boot/vmlinuz-* and lib/modules, such as /
+    #[arg(value_name = "PACKAGE.deb|DIR")]
+    source: PathBuf,
+
+    /// What to call it: a-z, 0-9, '.', '_' and '-'
+    name: String,
+
+    /// Which kernel, if the directory holds several
+    #[arg(long)]
+    release: Option<String>,
+
+    /// Replace an imported kernel of this name; running VMs keep theirs
+    #[arg(long)]
+    force: bool,
+}
+
+/// List imported kernels
+#[derive(Debug, Args)]
+pub struct LsArgs {
+    #[arg(long, value_name = "FORMAT", default_value = "table")]
+    format: Format,
+
+    /// Print names only
+    #[arg(short, long)]
+    quiet: bool,
+}
+
+#[derive(Debug, Clone, Copy, PartialEq, Eq, ValueEnum)]
+enum Format {
+    Table,
+    Json,
+}
+
+/// Remove imported kernels
+#[derive(Debug, Args)]
+pub struct RmArgs {
+    #[arg(required = true)]
+    name: Vec<String>,
+}
+
+pub fn run(verb: KernelVerb) -> ExitCode {
+    let done = Library::of_user().and_then(|library| match verb {
+        KernelVerb::Import(args) => import(&library, &args),
+        KernelVerb::Ls(args) => ls(&library, &args),
+        KernelVerb::Rm(args) => args.name.iter().try_for_each(|name| library.remove(name)),
+    });
+    match done {
+        Ok(()) => ExitCode::SUCCESS,
+        Err(error) => ExitCode::from(exit::report_kernels(&error) as u8),
+    }
+}
+
+/// The exit code and hint of an error.
+pub(super) fn judge(error: &KernelsError) -> (Exit, Option<String>) {
+    let exit = match error {
+        KernelsError::Name(_) => Exit::Usage,
+        KernelsError::Unknown(_) => Exit::NoSuchKernel,
+        KernelsError::Exists(_) => Exit::KernelExists,
+        KernelsError::Read { .. } => Exit::PackageUnreadable,
+        KernelsError::Unusable { .. } => Exit::PackageUnusable,
+        KernelsError::Library { .. } | KernelsError::NoPlace => Exit::KernelLibrary,
+        KernelsError::Damaged { .. } => Exit::KernelBundleDamaged,
+    };
+    (exit, error.hint())
+}
+
+fn import(library: &Library, args: &ImportArgs) -> Result<(), KernelsError> {
+    // Not the path the program was started by: that may name something else by now.
+    let init = PathBuf::from("/proc/self/exe");
+    let source = Source { path: &args.source, release: args.release.as_deref(), init: &init };
+    let bundle = kernels::import(library, &source, &args.name, args.force)?;
+    exit::print(&format!(
+        "imported {}: Linux {}, {} modules, root on {}\n",
+        bundle.name,
+        bundle.manifest.release,
+        bundle.manifest.modules.len(),
+        bundle.manifest.file_systems.join(", ")
+    ));
+    if !bundle.manifest.missing.is_empty() {
+        exit::say(&format!("tranche: this kernel lacks {}\n", bundle.manifest.missing.join(", ")));
+    }
+    Ok(())
+}
+
+fn ls(library: &Library, args: &LsArgs) -> Result<(), KernelsError> {
+    let mut bundles = Vec::new();
+    for found in library.list()? {
+        match found {
+            Ok(bundle) => bundles.push(bundle),
+            Err(error) => {
+                exit::report_kernels(&error);
+            }
+        }
+    }
+    let text = if args.quiet {
+        bundles.iter().map(|bundle| format!("{}\n", bundle.name)).collect()
+    } else if args.format == Format::Json {
+        let all: Vec<_> = bundles.iter().map(json).collect();
+        format!("{:#}\n", serde_json::Value::from(all))
+    } else {
+        let mut table = Table::new(&["NAME", "RELEASE", "SIZE", "ROOT ON", "TRANCHE"]);
+        for bundle in &bundles {
+            let manifest = &bundle.manifest;
+            // In whole MiB, which are easier to read.
+            let size = MemorySize(bundle.size().next_multiple_of(1 << 20)).to_string();
+            table.row([&bundle.name, &manifest.release, &size, &manifest.file_systems.join(","), &manifest.tranche]);
+        }
+        table.to_string()
+    };
+    exit::print(&text);
+    Ok(())
+}
+
+fn json(bundle: &Bundle) -> serde_json::Value {
+    let mut value = serde_json::to_value(&bundle.manifest).expect("a manifest is plain data");
+    value["name"] = bundle.name.clone().into();
+    value["size"] = bundle.size().into();
+    value["kernel"] = bundle.kernel().to_string_lossy().into();
+    value["initrd"] = bundle.initrd().to_string_lossy().into();
+    value
+}
