@@ -162,13 +162,14 @@ pub fn report_kernels(error: &KernelsError) -> Exit {
 fn explain(error: &dyn Error, hint: Option<String>) {
     let mut text = format!("tranche: error: {error}\n");
     let causes: Vec<String> = std::iter::successors(error.source(), |&e| e.source()).map(ToString::to_string).collect();
+    // Names from files get in here, and must not write elsewhere on the terminal.
     if !causes.is_empty() {
         let _ = writeln!(text, "  cause: {}", causes.join(": "));
     }
     if let Some(hint) = hint {
         let _ = writeln!(text, "  hint: {hint}");
     }
-    say(&text);
+    say(&text.replace(|c: char| c.is_control() && c != '\n', "?"));
 }
 
 /// Writes to standard output, as far as somebody listens.

@@ -88,7 +88,7 @@ pub(super) fn judge(error: &KernelsError) -> (Exit, Option<String>) {
         KernelsError::Library { .. } | KernelsError::NoPlace => Exit::KernelLibrary,
         KernelsError::Damaged { .. } => Exit::KernelBundleDamaged,
     };
-    (exit, error.hint())
+    (exit, Some(error.hint()))
 }
 
 fn import(library: &Library, args: &ImportArgs) -> Result<(), KernelsError> {

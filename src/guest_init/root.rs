@@ -27,8 +27,10 @@ pub fn wait_for(root: &Root, patience: Option<Duration>) -> Option<Found> {
     loop {
         if let Some(name) = names().into_iter().find(|name| is(root, name)) {
             let device = format!("/dev/{name}");
-            // The kernel has made the node by the time it shows the device.
-            return Some(Found { superblock: probe(&device), device });
+            // The kernel shows a device a moment before it makes the node.
+            if Path::new(&device).exists() {
+                return Some(Found { superblock: probe(&device), device });
+            }
         }
         if patience.is_some_and(|patience| start.elapsed() > patience) {
             return None;

@@ -59,8 +59,8 @@ pub enum Flaw {
 impl KernelsError {
     /// What the user may do about it.
     #[must_use]
-    pub fn hint(&self) -> Option<String> {
-        Some(match self {
+    pub fn hint(&self) -> String {
+        match self {
             Self::Unknown(_) => "'tranche kernel ls' lists those there are".into(),
             Self::Exists(name) => {
                 format!("give another name, or --force to replace it, or remove it: tranche kernel rm {name}")
@@ -78,7 +78,10 @@ impl KernelsError {
                     .into()
             }
             Self::Damaged { name, .. } => format!("remove it and import it again: tranche kernel rm {name}"),
-            _ => return None,
-        })
+            Self::Unusable { .. } => "look for another package or release of the kernel".into(),
+            Self::Name(_) => "such as: tranche kernel import PACKAGE.deb debian-12".into(),
+            Self::Read { .. } => "check the path and its permissions".into(),
+            Self::NoPlace => "set HOME, or XDG_DATA_HOME, to an absolute path".into(),
+        }
     }
 }

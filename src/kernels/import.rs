@@ -43,7 +43,7 @@ pub fn import(library: &Library, source: &Source<'_>, name: &str, replace: bool)
     let sha256 = if is_dir {
         None
     } else {
-        let mut package = File::open(&path).map_err(read(source.path))?;
+        let mut package = tree::open_regular(&path).map_err(read(source.path))?;
         fs::create_dir(&unpacked).map_err(bundle.failed())?;
         package::unpack(&mut package, &unpacked).map_err(|error| match error {
             UnpackError::Flaw(flaw) => unusable(flaw),
@@ -53,9 +53,9 @@ pub fn import(library: &Library, source: &Source<'_>, name: &str, replace: bool)
         Some(hash(&mut package).map_err(read(source.path))?)
     };
     let tree = tree::find(if is_dir { &path } else { &unpacked }, source.release).map_err(unusable)?;
-    let selection = Index::read(&tree.modules).select().map_err(unusable)?;
+    let selection = Index::read(&tree.modules).and_then(|index| index.select()).map_err(unusable)?;
 
-    let kernel = File::open(&tree.kernel).map_err(read(&tree.kernel))?;
+    let kernel = tree::open_regular(&tree.kernel).map_err(read(&tree.kernel))?;
     let kernel = BootFile { file: kernel, path: tree.kernel.clone() };
     let to = File::create_new(bundle.dir().join(library::KERNEL)).map_err(bundle.failed())?;
     let unpacked_kernel = boot::unpack(&kernel).map_err(|error| unusable(Flaw::Kernel(Box::new(error))))?;

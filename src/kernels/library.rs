@@ -152,6 +152,7 @@ impl Library {
         }
         // Renamed first: half a bundle must not be found under its name.
         let gone = self.unfinished(name);
+        let _turn = self.turn().map_err(self.failed())?;
         fs::rename(self.dir.join(name), &gone).and_then(|()| fs::remove_dir_all(&gone)).map_err(self.failed())
     }
 
@@ -170,6 +171,8 @@ impl Library {
         let dir = self.unfinished(name);
         let made = (|| {
             DirBuilder::new().recursive(true).mode(0o755).create(&self.dir)?;
+            // Nobody sweeps between the making of a directory and its lock.
+            let _turn = self.turn()?;
             self.sweep()?;
             fs::create_dir(&dir)?;
             let lock = File::open(&dir)?;
@@ -178,6 +181,13 @@ impl Library {
         })();
         let lock = made.map_err(self.failed())?;
         Ok(NewBundle { library: self.clone(), name: name.into(), dir, replace, _lock: lock })
+    }
+
+    /// Waits until no other process makes or removes directories here.
+    fn turn(&self) -> io::Result<File> {
+        let dir = File::open(&self.dir)?;
+        flock(&dir, FlockOperation::LockExclusive)?;
+        Ok(dir)
     }
 
     /// Removes what killed imports have left.

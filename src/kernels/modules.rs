@@ -2,13 +2,14 @@
 
 use std::cell::OnceCell;
 use std::collections::{HashMap, HashSet};
-use std::fs::{self, File};
+use std::fs;
 use std::io::{BufReader, Read};
 use std::path::{Path, PathBuf};
 
 use super::error::Flaw;
 use super::modinfo;
 use super::package::{UnpackError, uncompressed};
+use super::tree::open_regular;
 use crate::guest_init::superblock::FileSystem;
 
 /// What every guest gets: our devices, the power button (which reaches user space as an input device), the report of
@@ -27,6 +28,13 @@ const BASE: [&str; 9] = [
 
 /// Largest module in bytes, uncompressed.
 const MAX_MODULE: u64 = 64 << 20;
+/// Largest group, and all modules of an initrd together in bytes. Debian's need 20, and 8 MiB.
+const MAX_GROUP: usize = 256;
+const MAX_MODULES: u64 = 256 << 20;
+/// Bytes of modules that are looked at for their aliases. Debian's are 20 MiB.
+const MAX_ALIASED: u64 = 1 << 30;
+/// Largest list of what is built in, in bytes. Debian's are 10 KiB.
+const MAX_LIST: u64 = 4 << 20;
 
 /// The modules of one kernel.
 pub struct Index {
@@ -49,6 +57,8 @@ pub struct Selection {
     pub file_systems: Vec<String>,
     /// Names that this kernel does not know.
     pub missing: Vec<String>,
+    /// Of all modules read, in bytes.
+    total: u64,
 }
 
 /// Module names treat `-` and `_` alike, file names do not.
@@ -63,7 +73,7 @@ fn module_name(path: &Path) -> Option<String> {
 }
 
 impl Index {
-    pub fn read(dir: &Path) -> Self {
+    pub fn read(dir: &Path) -> Result<Self, Flaw> {
         let mut files = HashMap::new();
         // Links are not followed: `build` and `source` lead out of the tree.
         let mut dirs = vec![dir.to_owned()];
@@ -76,9 +86,9 @@ impl Index {
                 }
             }
         }
-        let builtin = fs::read_to_string(dir.join("modules.builtin")).unwrap_or_default();
+        let builtin = list(&dir.join("modules.builtin"))?;
         let builtin = builtin.lines().filter_map(|line| module_name(Path::new(line))).collect();
-        Self { dir: dir.to_owned(), files, builtin, aliases: OnceCell::new() }
+        Ok(Self { dir: dir.to_owned(), files, builtin, aliases: OnceCell::new() })
     }
 
     /// Chooses the modules for a guest.
@@ -126,10 +136,15 @@ impl Index {
             }
             return Ok(true);
         };
-        // In its place in the order before what it needs, so that a circle ends.
+        // In its place in the order before what it needs, so that a circle ends. So does a long chain: each is one call.
         let at = group.len();
         group.push(name.clone());
         let content = read(path)?;
+        selection.total += content.len() as u64;
+        if group.len() > MAX_GROUP || selection.total > MAX_MODULES {
+            let most = MAX_MODULES >> 20;
+            return Err(Flaw::TooLarge(format!("it needs more than {MAX_GROUP} modules, or {most} MiB of them")));
+        }
         let broken = |why: &str| Flaw::Module { name: name.clone(), why: why.into() };
         let info = modinfo::section(&content).ok_or_else(|| broken("it is no module"))?;
         let needs = modinfo::values(info, "depends").flat_map(|value| value.split(','));
@@ -140,7 +155,7 @@ impl Index {
             needs.map(|need| (need, true)).chain(soft.flat_map(str::split_whitespace).map(|need| (need, false)));
         for (need, hard) in needs.filter(|(need, _)| !need.is_empty()) {
             if !self.add(need, group, selection)? && hard {
-                return Err(broken(&format!("it needs the module {need}, which is not there")));
+                return Err(broken(&format!("it needs the module {need:?}, which is not there")));
             }
         }
         group[at..].rotate_left(1);
@@ -156,12 +171,15 @@ impl Index {
             let mut aliases: HashMap<String, Vec<String>> = HashMap::new();
             let mut paths: Vec<_> = self.files.iter().collect();
             paths.sort();
+            let mut left = MAX_ALIASED;
             for (name, path) in paths {
                 let inside = path.strip_prefix(&self.dir).unwrap_or(path);
                 if !inside.components().any(|part| ["crypto", "lib"].iter().any(|dir| part.as_os_str() == *dir)) {
                     continue;
                 }
                 let Ok(content) = read(path) else { continue };
+                let Some(rest) = left.checked_sub(content.len() as u64) else { break };
+                left = rest;
                 let Some(info) = modinfo::section(&content) else { continue };
                 for alias in modinfo::values(info, "alias") {
                     aliases.entry(normalized(alias)).or_default().push(name.clone());
@@ -172,11 +190,26 @@ impl Index {
     }
 }
 
+/// The names of what is built in; empty if the kernel has no such list.
+fn list(path: &Path) -> Result<String, Flaw> {
+    let damaged = |error: &dyn std::fmt::Display| Flaw::Damaged(format!("modules.builtin: {error}"));
+    let file = match open_regular(path) {
+        Err(error) if error.kind() == std::io::ErrorKind::NotFound => return Ok(String::new()),
+        file => file.map_err(|error| damaged(&error))?,
+    };
+    let mut text = String::new();
+    file.take(MAX_LIST + 1).read_to_string(&mut text).map_err(|error| damaged(&error))?;
+    if text.len() as u64 > MAX_LIST {
+        return Err(Flaw::TooLarge(format!("modules.builtin has more than {} MiB", MAX_LIST >> 20)));
+    }
+    Ok(text)
+}
+
 /// A module's content, uncompressed.
 fn read(path: &Path) -> Result<Vec<u8>, Flaw> {
     let name = path.file_name().unwrap_or_default().to_string_lossy();
     let broken = |why: String| Flaw::Module { name: name.to_string(), why };
-    let file = File::open(path).map_err(|error| broken(error.to_string()))?;
+    let file = open_regular(path).map_err(|error| broken(error.to_string()))?;
     let ending = name.split_once(".ko").map_or("", |(_, ending)| ending);
     let stream = uncompressed(BufReader::new(file), ending).map_err(|error| match error {
         UnpackError::Flaw(flaw) => broken(flaw.to_string()),
@@ -204,7 +237,7 @@ mod tests {
             fs::create_dir_all(path.parent().unwrap()).unwrap();
             fs::write(path, module(info.as_bytes())).unwrap();
         }
-        let index = Index::read(dir.path());
+        let index = Index::read(dir.path()).unwrap();
         (dir, index)
     }
 

@@ -1,7 +1,9 @@
 //! Debian packages: an `ar` archive with a compressed tar archive in it (deb(5)).
 
+use std::ffi::OsStr;
 use std::fs::{self, File};
 use std::io::{self, BufReader, Read, Seek, SeekFrom};
+use std::os::unix::ffi::OsStrExt;
 use std::path::{Component, Path, PathBuf};
 
 use super::error::Flaw;
@@ -12,6 +14,11 @@ const HEADER: usize = 60;
 /// More than any kernel package holds, in files and bytes.
 const MAX_FILES: usize = 100_000;
 const MAX_BYTES: u64 = 8 << 30;
+/// Directories above one another. Whoever removes a tree has them all open at once.
+const MAX_DEPTH: usize = 32;
+/// Bytes of a path, and of one name in it, as Linux has them.
+const MAX_PATH: u64 = 4096;
+const MAX_NAME: usize = 255;
 
 /// What it takes to unpack one.
 pub enum UnpackError {
@@ -34,27 +41,56 @@ pub fn unpack(package: &mut File, to: &Path) -> Result<(), UnpackError> {
     let mut archive = tar::Archive::new(data.take(MAX_BYTES));
     let damaged = |error: io::Error| Flaw::Damaged(error.to_string());
     let (mut files, mut bytes) = (0, 0);
-    for entry in archive.entries().map_err(damaged)? {
+    // As they are in the archive: else the reader would take a long name whole, however long.
+    let mut long_name = None;
+    for entry in archive.entries().map_err(damaged)?.raw(true) {
         let mut entry = entry.map_err(damaged)?;
-        let regular = entry.header().entry_type().is_file();
-        let Some(place) = wanted(&entry.path().map_err(damaged)?).filter(|_| regular) else { continue };
+        let kind = entry.header().entry_type();
+        if kind.is_gnu_longname() {
+            long_name = Some(path_in(&mut entry)?);
+            continue;
+        }
+        if kind.is_pax_local_extensions() || kind.is_pax_global_extensions() {
+            return Err(Flaw::Damaged("its archive has pax headers, which no Debian package has".into()).into());
+        }
+        if kind.is_gnu_longlink() {
+            continue;
+        }
+        let path = match long_name.take() {
+            Some(path) => path,
+            None => entry.path().map_err(damaged)?.into_owned(),
+        };
+        let Some(place) = wanted(&path).filter(|_| kind.is_file()) else { continue };
+        if place.components().count() > MAX_DEPTH || place.iter().any(|name| name.len() > MAX_NAME) {
+            return Err(Flaw::Damaged("it has a path that is too long".into()).into());
+        }
         (files, bytes) = (files + 1, bytes + entry.size());
         if files > MAX_FILES || bytes > MAX_BYTES {
             return Err(Flaw::TooLarge(format!("more than {MAX_FILES} files, or {} GiB", MAX_BYTES >> 30)).into());
         }
         let path = to.join(place);
-        let write = |error| UnpackError::Write(error);
-        fs::create_dir_all(path.parent().expect("below `to`")).map_err(write)?;
         // Only files and directories of ours are below `to`, so that no link leads elsewhere.
-        let mut file = match File::create_new(&path) {
-            Err(error) if error.kind() == io::ErrorKind::AlreadyExists => {
-                return Err(Flaw::Damaged(format!("{} is in it twice", path.display())).into());
+        let made = fs::create_dir_all(path.parent().expect("below `to`")).and_then(|()| File::create_new(&path));
+        let mut file = made.map_err(|error| match error.kind() {
+            io::ErrorKind::AlreadyExists | io::ErrorKind::NotADirectory | io::ErrorKind::IsADirectory => {
+                Flaw::Damaged("a path is in it twice".into()).into()
             }
-            file => file.map_err(write)?,
-        };
+            _ => UnpackError::Write(error),
+        })?;
         copy(&mut entry, &mut file)?;
     }
     Ok(())
+}
+
+/// The path that an entry holds for the one behind it.
+fn path_in(entry: &mut impl Read) -> Result<PathBuf, Flaw> {
+    let mut path = Vec::new();
+    entry.take(MAX_PATH + 1).read_to_end(&mut path).map_err(|error| Flaw::Damaged(error.to_string()))?;
+    if path.len() as u64 > MAX_PATH {
+        return Err(Flaw::Damaged("it has a path that is too long".into()));
+    }
+    let name = path.split(|b| *b == 0).next().unwrap_or_default();
+    Ok(PathBuf::from(OsStr::from_bytes(name)))
 }
 
 /// Where a path of the archive goes, if it is a kernel's, a module's or the list of what is built in.

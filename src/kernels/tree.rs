@@ -1,6 +1,8 @@
 //! The tree of files that a kernel package unpacks to, or that a running system has.
 
-use std::fs;
+use std::fs::{self, File};
+use std::io;
+use std::os::unix::fs::OpenOptionsExt;
 use std::path::{Path, PathBuf};
 
 use super::error::Flaw;
@@ -13,9 +15,24 @@ pub struct Tree {
     pub modules: PathBuf,
 }
 
+/// As the kernel limits it, and safe to print.
+fn is_release(text: &str) -> bool {
+    (1..=64).contains(&text.len()) && text.bytes().all(|b| b.is_ascii_alphanumeric() || b"._+~-".contains(&b))
+}
+
+/// Opens a file for reading, and nothing that is none: a pipe would have us wait, a device would never end.
+pub fn open_regular(path: &Path) -> io::Result<File> {
+    let file = File::options().read(true).custom_flags(libc::O_NONBLOCK).open(path)?;
+    if !file.metadata()?.is_file() {
+        return Err(io::Error::new(io::ErrorKind::InvalidInput, "it is not a regular file"));
+    }
+    Ok(file)
+}
+
 /// Finds the kernel of this release, or the only one there is.
 pub fn find(dir: &Path, release: Option<&str>) -> Result<Tree, Flaw> {
     let mut kernels = kernels(dir);
+    kernels.retain(|kernel| is_release(&kernel.0));
     kernels.sort();
     kernels.dedup_by(|a, b| a.0 == b.0);
     let all = || kernels.iter().map(|kernel| kernel.0.as_str()).collect::<Vec<_>>().join(", ");
