@@ -1,9 +1,10 @@
 //! The side of a device that its transport sees: who it is, what it offers, and who serves which queue.
 
 use std::io;
+use std::time::Duration;
 
 use crate::virtio::device::read_config_bytes;
-use crate::virtio::{DeviceKind, QueueResources, QueueState, VirtioDevice};
+use crate::virtio::{DeviceKind, QueueResources, QueueState, StillBusy, VirtioDevice};
 
 /// Serves some of a device's queues: a thread of ours, or the host's kernel.
 pub trait QueueServer: Send {
@@ -15,6 +16,11 @@ pub trait QueueServer: Send {
 
     /// See [`VirtioDevice::stop_queue`].
     fn stop(&mut self, index: u16) -> Option<QueueState>;
+
+    /// See [`VirtioDevice::stop_queue_within`].
+    fn stop_within(&mut self, index: u16, _patience: Duration) -> Result<Option<QueueState>, StillBusy> {
+        Ok(self.stop(index))
+    }
 }
 
 /// A device's configuration space.
@@ -97,5 +103,9 @@ impl VirtioDevice for Front {
 
     fn stop_queue(&mut self, index: u16) -> Option<QueueState> {
         self.server(index)?.stop(index)
+    }
+
+    fn stop_queue_within(&mut self, index: u16, patience: Duration) -> Result<Option<QueueState>, StillBusy> {
+        self.server(index).map_or(Ok(None), |server| server.stop_within(index, patience))
     }
 }

@@ -17,15 +17,16 @@ use std::io;
 use std::os::fd::{AsRawFd, RawFd};
 use std::sync::Arc;
 use std::sync::atomic::{AtomicBool, Ordering};
-use std::sync::mpsc::{self, Receiver, Sender, SyncSender};
+use std::sync::mpsc::{self, Receiver, RecvTimeoutError, Sender, SyncSender};
 use std::thread::JoinHandle;
+use std::time::Duration;
 
 use vmm_sys_util::epoll::{ControlOperation, Epoll, EpollEvent, EventSet};
 use vmm_sys_util::eventfd::{EFD_CLOEXEC, EFD_NONBLOCK, EventFd};
 
 use super::front::QueueServer;
 use crate::memory::Ram;
-use crate::virtio::{Chain, QueueResources, QueueState, RingError, Virtqueue};
+use crate::virtio::{Chain, QueueResources, QueueState, RingError, StillBusy, Virtqueue};
 
 /// Bytes of stack, ample for what an engine does; only what is touched costs memory.
 const STACK: usize = 128 << 10;
@@ -134,6 +135,8 @@ pub struct Worker {
     commands: Sender<Command>,
     called: Arc<AtomicBool>,
     bell: EventFd,
+    /// Queues that have been asked to stop, and where the answer will come.
+    stopping: Vec<(u16, Receiver<Option<QueueState>>)>,
     thread: Option<JoinHandle<()>>,
 }
 
@@ -155,14 +158,22 @@ impl Worker {
         let service =
             Service { engine, epoll, slots, ready: 0, source, listening: false, called: called.clone(), inbox };
         let thread = std::thread::Builder::new().name(name.into()).stack_size(STACK).spawn(move || service.run())?;
-        Ok(Self { queues: queues.to_vec(), commands, called, bell, thread: Some(thread) })
+        Ok(Self { queues: queues.to_vec(), commands, called, bell, stopping: Vec::new(), thread: Some(thread) })
     }
 
-    /// Sends a command and waits for the reply.
-    fn call<T>(&self, command: impl FnOnce(SyncSender<T>) -> Command) -> io::Result<T> {
+    /// Sends a command; the reply comes from the receiver.
+    fn ask<T>(&self, command: impl FnOnce(SyncSender<T>) -> Command) -> io::Result<Receiver<T>> {
         let (reply, answer) = mpsc::sync_channel(1);
         self.send(command(reply))?;
-        answer.recv().map_err(|_| io::ErrorKind::BrokenPipe.into())
+        Ok(answer)
+    }
+
+    /// The answer to a stop, asked for now or before.
+    fn stop_answer(&mut self, index: u16) -> io::Result<Receiver<Option<QueueState>>> {
+        match self.stopping.iter().position(|stopping| stopping.0 == index) {
+            Some(at) => Ok(self.stopping.swap_remove(at).1),
+            None => self.ask(|reply| Command::Stop { index, reply }),
+        }
     }
 
     fn send(&self, command: Command) -> io::Result<()> {
@@ -188,11 +199,24 @@ impl QueueServer for Worker {
             features: resources.features,
             broken: false,
         });
-        self.call(|reply| Command::Start { running, reply })?
+        let answer = self.ask(|reply| Command::Start { running, reply })?;
+        answer.recv().map_err(|_| io::ErrorKind::BrokenPipe)?
     }
 
     fn stop(&mut self, index: u16) -> Option<QueueState> {
-        self.call(|reply| Command::Stop { index, reply }).ok().flatten()
+        self.stop_answer(index).ok()?.recv().ok().flatten()
+    }
+
+    fn stop_within(&mut self, index: u16, patience: Duration) -> Result<Option<QueueState>, StillBusy> {
+        let Ok(answer) = self.stop_answer(index) else { return Ok(None) };
+        match answer.recv_timeout(patience) {
+            Ok(state) => Ok(state),
+            Err(RecvTimeoutError::Timeout) => {
+                self.stopping.push((index, answer));
+                Err(StillBusy)
+            }
+            Err(RecvTimeoutError::Disconnected) => Ok(None),
+        }
     }
 }
 

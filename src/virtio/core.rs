@@ -6,14 +6,19 @@
 //!   └──────────────── status = 0, from any state ──────────┘
 //! ```
 //! (virtio 1.2, 2.1 and 3.1.)
+//!
+//! A queue stops after its request in hand, and that may hang with its host. A register access waits for it only so
+//! long; then the status reads as it was until the reset is done, and everything else that is written is ignored
+//! (2.4.1: a driver waits until it reads 0).
 
 use std::io;
 use std::sync::Arc;
 use std::sync::atomic::{AtomicU8, Ordering};
+use std::time::{Duration, Instant};
 
 use vmm_sys_util::eventfd::{EFD_CLOEXEC, EFD_NONBLOCK, EventFd};
 
-use super::device::{DeviceEvents, QueueLayout, QueueResources, VirtioDevice};
+use super::device::{DeviceEvents, QueueLayout, QueueResources, StillBusy, VirtioDevice};
 use super::feature;
 use crate::memory::Ram;
 
@@ -65,12 +70,25 @@ impl SharedRegisters {
     }
 }
 
+/// How long one access waits for queues to stop: longer than any request takes whose host is well, so that also
+/// drivers that do not wait find the device reset. The vCPU is not in the guest meanwhile.
+const PATIENCE: Duration = Duration::from_millis(100);
+
+/// What the device does with a queue.
+#[derive(Debug, Clone, Copy, PartialEq, Eq)]
+enum Service {
+    None,
+    Running,
+    /// Asked to stop.
+    Stopping,
+}
+
 /// The registers of one queue.
 pub struct QueueRegisters {
     pub layout: QueueLayout,
-    pub enabled: bool,
+    enabled: bool,
     max_size: u16,
-    running: bool,
+    service: Service,
     /// Written by the driver's notification, read by the device.
     pub kick: EventFd,
 }
@@ -78,6 +96,11 @@ pub struct QueueRegisters {
 impl QueueRegisters {
     pub fn max_size(&self) -> u16 {
         self.max_size
+    }
+
+    /// A queue is ready until it has stopped.
+    pub fn is_ready(&self) -> bool {
+        self.enabled || self.service == Service::Stopping
     }
 }
 
@@ -93,6 +116,8 @@ pub struct VirtioCore {
     /// Any number the driver has chosen, whether there is such a queue or not.
     pub queue_select: u32,
     driver_features: u64,
+    /// A reset waits for queues to stop.
+    resetting: bool,
 }
 
 impl VirtioCore {
@@ -105,7 +130,7 @@ impl VirtioCore {
         let queue = |&max_size: &u16| {
             let layout = QueueLayout { size: max_size, ..Default::default() };
             let kick = EventFd::new(EFD_NONBLOCK | EFD_CLOEXEC)?;
-            Ok(QueueRegisters { layout, enabled: false, max_size, running: false, kick })
+            Ok(QueueRegisters { layout, enabled: false, max_size, service: Service::None, kick })
         };
         let queues = device.queue_sizes().iter().map(queue).collect::<io::Result<_>>()?;
         Ok(Self {
@@ -118,6 +143,7 @@ impl VirtioCore {
             driver_feature_select: 0,
             queue_select: 0,
             driver_features: 0,
+            resetting: false,
         })
     }
 
@@ -157,7 +183,7 @@ impl VirtioCore {
 
     /// The selected queue, while its registers may still be changed.
     pub fn queue_to_configure(&mut self) -> Option<&mut QueueRegisters> {
-        self.queues.get_mut(self.queue_select as usize).filter(|queue| !queue.enabled)
+        self.queues.get_mut(self.queue_select as usize).filter(|queue| !queue.is_ready())
     }
 
     pub fn selected_queue(&self) -> Option<&QueueRegisters> {
@@ -166,7 +192,7 @@ impl VirtioCore {
 
     /// Enables the selected queue.
     pub fn enable_queue(&mut self) {
-        if let Some(queue) = self.queues.get_mut(self.queue_select as usize) {
+        if let Some(queue) = self.queue_to_configure() {
             queue.enabled = true;
             // Late, but some drivers do it.
             if self.status() & status::DRIVER_OK != 0 {
@@ -179,15 +205,45 @@ impl VirtioCore {
     pub fn disable_queue(&mut self) {
         if let Some(queue) = self.queues.get_mut(self.queue_select as usize) {
             queue.enabled = false;
-            if std::mem::take(&mut queue.running) {
-                self.device.stop_queue(self.queue_select as u16);
-            }
-            let _ = queue.kick.read();
+            self.stop_queue(self.queue_select as u16, Instant::now() + PATIENCE);
         }
     }
 
-    /// A write to the status register. Bits only come, until a zero takes them all.
-    pub fn set_status(&mut self, value: u8) {
+    /// Asks a queue to stop and waits for that until `deadline`.
+    fn stop_queue(&mut self, index: u16, deadline: Instant) {
+        let queue = &mut self.queues[usize::from(index)];
+        if queue.service != Service::None {
+            let patience = deadline.saturating_duration_since(Instant::now());
+            queue.service = match self.device.stop_queue_within(index, patience) {
+                Ok(_) => Service::None,
+                Err(StillBusy) => Service::Stopping,
+            };
+        }
+        // A kick from before is nothing to the queue's next life.
+        let _ = queue.kick.read();
+    }
+
+    /// Looks whether queues that were asked to stop have stopped, and does what waited for them. `true` if that was
+    /// the rest of a reset.
+    #[must_use]
+    pub fn settle(&mut self) -> bool {
+        let now = Instant::now();
+        for index in 0..self.queues.len() {
+            if self.queues[index].service == Service::Stopping {
+                self.stop_queue(index as u16, now);
+            }
+        }
+        self.resetting && self.finish_reset()
+    }
+
+    /// Until it is over, a driver can do nothing but wait.
+    pub fn is_resetting(&self) -> bool {
+        self.resetting
+    }
+
+    /// A write to the status register. Bits only come, until a zero takes them all: `true` if it has.
+    #[must_use]
+    pub fn set_status(&mut self, value: u8) -> bool {
         if value == 0 {
             return self.reset();
         }
@@ -209,11 +265,12 @@ impl VirtioCore {
                 }
             }
         }
+        false
     }
 
     fn start_queue(&mut self, index: u16) {
         let queue = &mut self.queues[usize::from(index)];
-        if queue.running {
+        if queue.service != Service::None {
             return;
         }
         let started = queue.kick.try_clone().and_then(|kick| {
@@ -227,26 +284,35 @@ impl VirtioCore {
             self.device.start_queue(index, resources, None)
         });
         match started {
-            Ok(()) => queue.running = true,
+            Ok(()) => queue.service = Service::Running,
             Err(error) => self.events.needs_reset(&format_args!("queue {index}: {error}")),
         }
     }
 
-    fn reset(&mut self) {
-        for (index, queue) in self.queues.iter_mut().enumerate() {
-            if queue.running {
-                self.device.stop_queue(index as u16);
-            }
-            // A kick from before the reset is nothing to the queue's next life.
-            let _ = queue.kick.read();
+    fn reset(&mut self) -> bool {
+        self.resetting = true;
+        let deadline = Instant::now() + PATIENCE;
+        for index in 0..self.queues.len() {
+            self.stop_queue(index as u16, deadline);
+        }
+        self.finish_reset()
+    }
+
+    fn finish_reset(&mut self) -> bool {
+        if self.queues.iter().any(|queue| queue.service != Service::None) {
+            return false;
+        }
+        self.resetting = false;
+        for queue in &mut self.queues {
             queue.layout = QueueLayout { size: queue.max_size, ..Default::default() };
-            (queue.enabled, queue.running) = (false, false);
+            queue.enabled = false;
         }
         (self.device_feature_select, self.driver_feature_select, self.queue_select) = (0, 0, 0);
         self.driver_features = 0;
         self.shared.status.store(0, Ordering::Release);
         // What was to be told is of no interest any more (virtio 1.2, 2.4.1).
         self.shared.isr.store(0, Ordering::Release);
+        true
     }
 
     pub fn read_config(&self, offset: u64, data: &mut [u8]) {
@@ -273,7 +339,11 @@ impl VirtioCore {
 
 impl Drop for VirtioCore {
     fn drop(&mut self) {
-        self.reset();
+        for (index, queue) in self.queues.iter().enumerate() {
+            if queue.service != Service::None {
+                self.device.stop_queue(index as u16);
+            }
+        }
     }
 }
 

@@ -13,6 +13,7 @@
 
 use std::io;
 use std::sync::Arc;
+use std::time::Duration;
 
 use serde::{Deserialize, Serialize};
 use vmm_sys_util::eventfd::EventFd;
@@ -69,6 +70,10 @@ pub struct QueueResources {
     pub events: Arc<dyn DeviceEvents>,
 }
 
+/// A queue has been asked to stop and has not yet, as its request in hand takes long.
+#[derive(Debug, Clone, Copy, PartialEq, Eq)]
+pub struct StillBusy;
+
 /// A virtio device, as seen by a transport. Calls come from one thread at a time.
 pub trait VirtioDevice: Send {
     fn kind(&self) -> DeviceKind;
@@ -97,6 +102,14 @@ pub trait VirtioDevice: Send {
 
     /// Stops a queue after the request in hand. `None` if it was not running.
     fn stop_queue(&mut self, index: u16) -> Option<QueueState>;
+
+    /// The same for whoever cannot wait for ever, as a request may hang with its host.
+    ///
+    /// # Errors
+    /// When the queue has not stopped within `patience`. It will, when its request is done: ask again.
+    fn stop_queue_within(&mut self, index: u16, _patience: Duration) -> Result<Option<QueueState>, StillBusy> {
+        Ok(self.stop_queue(index))
+    }
 }
 
 /// Copies the part of `config` that an access of `data.len()` bytes at `offset` sees.

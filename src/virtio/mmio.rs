@@ -97,7 +97,7 @@ impl VirtioMmio {
         Ok(Self { core, doorbells, address, listening: false })
     }
 
-    pub fn registers_read(&self, offset: u64, data: &mut [u8]) {
+    pub fn registers_read(&mut self, offset: u64, data: &mut [u8]) {
         match (offset.checked_sub(register::CONFIG), data.len()) {
             (Some(at), _) => self.core.read_config(at, data),
             (None, 4) if offset.is_multiple_of(4) => data.copy_from_slice(&self.read_register(offset).to_le_bytes()),
@@ -105,8 +105,11 @@ impl VirtioMmio {
         }
     }
 
-    fn read_register(&self, offset: u64) -> u32 {
-        let core = &self.core;
+    fn read_register(&mut self, offset: u64) -> u32 {
+        let core = &mut self.core;
+        if [register::STATUS, register::QUEUE_READY].contains(&offset) {
+            let _ = core.settle();
+        }
         let queue = core.selected_queue();
         match offset {
             register::MAGIC => MAGIC,
@@ -115,7 +118,7 @@ impl VirtioMmio {
             register::VENDOR => VENDOR,
             register::DEVICE_FEATURES => core.device_features(),
             register::QUEUE_SIZE_MAX => queue.map_or(0, |q| q.max_size().into()),
-            register::QUEUE_READY => queue.map_or(0, |q| q.enabled.into()),
+            register::QUEUE_READY => queue.map_or(0, |q| q.is_ready().into()),
             register::INTERRUPT_STATUS => core.registers().isr().into(),
             register::STATUS => core.status().into(),
             // There is none, whichever is selected.
@@ -135,6 +138,10 @@ impl VirtioMmio {
 
     fn write_register(&mut self, offset: u64, value: u32) {
         let core = &mut self.core;
+        let _ = core.settle();
+        if core.is_resetting() {
+            return;
+        }
         match offset {
             register::DEVICE_FEATURES_SELECT => core.device_feature_select = value,
             register::DRIVER_FEATURES => core.set_driver_features(value),
@@ -154,7 +161,7 @@ impl VirtioMmio {
             }
             // Only a zero resets; bits that do not exist set nothing.
             register::STATUS if value == 0 || value as u8 != 0 => {
-                core.set_status(value as u8);
+                let _ = core.set_status(value as u8);
                 self.listen();
             }
             register::QUEUE_ADDRESSES..register::QUEUE_ADDRESSES_END => self.set_address(offset, value),

@@ -12,7 +12,7 @@ pub(crate) mod testing;
 #[cfg(test)]
 mod tests;
 
-pub use device::{DeviceEvents, DeviceKind, QueueLayout, QueueResources, QueueState, VirtioDevice};
+pub use device::{DeviceEvents, DeviceKind, QueueLayout, QueueResources, QueueState, StillBusy, VirtioDevice};
 pub use doorbells::Doorbells;
 pub use queue::{Chain, RingError, Virtqueue};
 

@@ -4,6 +4,7 @@ use std::collections::{BTreeMap, BTreeSet};
 use std::io;
 use std::os::fd::AsRawFd;
 use std::sync::{Arc, Mutex, MutexGuard};
+use std::time::Duration;
 
 use vm_memory::GuestAddress;
 use vmm_sys_util::eventfd::{EFD_NONBLOCK, EventFd};
@@ -11,7 +12,9 @@ use vmm_sys_util::eventfd::{EFD_NONBLOCK, EventFd};
 use super::core::status::{ACKNOWLEDGE, DRIVER, DRIVER_OK, FEATURES_OK};
 use super::mmio::VirtioMmio;
 use super::pci::{MsiMessage, PciHost, VirtioPci};
-use super::{DeviceEvents, DeviceKind, Doorbells, QueueResources, QueueState, VirtioDevice, Virtqueue, feature};
+use super::{
+    DeviceEvents, DeviceKind, Doorbells, QueueResources, QueueState, StillBusy, VirtioDevice, Virtqueue, feature,
+};
 use crate::memory::{Ram, anonymous};
 
 #[derive(Default)]
@@ -89,6 +92,8 @@ pub const OWN_FEATURE: u64 = 1 << 5;
 #[derive(Default)]
 pub struct Served {
     pub running: [Option<u64>; 2],
+    /// With a request that does not end.
+    pub busy: bool,
     pub events: Option<Arc<dyn DeviceEvents>>,
 }
 
@@ -126,6 +131,10 @@ impl VirtioDevice for FakeDevice {
 
     fn stop_queue(&mut self, index: u16) -> Option<QueueState> {
         self.0.lock().unwrap().running[usize::from(index)].take().map(|_| QueueState::default())
+    }
+
+    fn stop_queue_within(&mut self, index: u16, _patience: Duration) -> Result<Option<QueueState>, StillBusy> {
+        if self.0.lock().unwrap().busy { Err(StillBusy) } else { Ok(self.stop_queue(index)) }
     }
 }
 
@@ -217,6 +226,10 @@ pub trait Driver {
 
     fn running(&self) -> [Option<u64>; 2] {
         self.served().running
+    }
+
+    fn set_busy(&self, busy: bool) {
+        self.served().busy = busy;
     }
 
     fn events(&self) -> Arc<dyn DeviceEvents> {

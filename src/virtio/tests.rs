@@ -24,6 +24,7 @@ on_both! {
     the_status_only_grows_until_it_is_reset
     queues_that_are_not_there_take_nothing
     the_generation_follows_the_configuration
+    a_reset_does_not_wait_for_a_request_that_hangs
 }
 
 fn features_are_what_both_sides_know<D: Driver>(new: fn() -> D) {
@@ -113,4 +114,40 @@ fn the_generation_follows_the_configuration<D: Driver>(new: fn() -> D) {
     assert_eq!(driver.get(Register::Generation), before + 1);
     driver.set(Register::Generation, 0);
     assert_eq!(driver.get(Register::Generation), before + 1, "it is read-only");
+}
+
+fn a_reset_does_not_wait_for_a_request_that_hangs<D: Driver>(new: fn() -> D) {
+    let mut driver = new();
+    driver.negotiate(feature::VERSION_1);
+    driver.enable(0, 0x1000);
+    let before = driver.run();
+    driver.set_busy(true);
+    for _ in 0..3 {
+        assert_eq!(driver.set_status(0), before, "it is not reset yet");
+        // A driver that does not wait changes nothing.
+        driver.accept(0);
+        driver.enable(1, 0x4000);
+        assert_eq!(driver.set_status(!0), before);
+        assert_eq!(driver.running(), [Some(feature::VERSION_1), None]);
+    }
+    driver.set_busy(false);
+    assert_eq!(driver.status(), 0, "whoever looks sees it done");
+    assert_eq!(driver.running(), [None, None]);
+    driver.set(Register::QueueSelect, 0);
+    assert_eq!((driver.get(Register::QueueReady), driver.get(Register::QueueSize)), (0, QUEUES[0].into()));
+
+    // Not looked at in between: the next life finds it done, too.
+    for wait in [true, false] {
+        driver.negotiate(feature::VERSION_1);
+        driver.enable(0, 0x1000);
+        driver.run();
+        driver.set_busy(wait);
+        driver.set_status(0);
+        driver.set_busy(false);
+        driver.negotiate(feature::VERSION_1 | OWN_FEATURE);
+        driver.enable(1, 0x4000);
+        driver.run();
+        assert_eq!(driver.running(), [None, Some(feature::VERSION_1 | OWN_FEATURE)]);
+        driver.set_status(0);
+    }
 }

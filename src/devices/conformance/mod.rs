@@ -2,6 +2,7 @@
 
 mod block;
 mod driver;
+mod hanging;
 mod net;
 mod random;
 mod specimens;

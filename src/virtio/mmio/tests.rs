@@ -215,3 +215,19 @@ proptest! {
         }
     }
 }
+
+#[test]
+fn a_queue_is_ready_until_it_has_stopped() {
+    let mut driver = running();
+    driver.set(Register::QueueSelect, 0);
+    driver.set_busy(true);
+    driver.set(Register::QueueReady, 0);
+    driver.set(Register::QueueAddress(0), 0x8000);
+    driver.set(Register::QueueReady, 1);
+    assert_eq!(driver.get(Register::QueueReady), 1);
+    driver.set_busy(false);
+    assert_eq!(driver.get(Register::QueueReady), 0);
+    assert_eq!(driver.running()[0], None);
+    driver.enable(0, 0x8000);
+    assert!(driver.running()[0].is_some());
+}

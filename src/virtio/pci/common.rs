@@ -25,7 +25,10 @@ const QUEUE_DRIVER: u64 = 0x28;
 const END: u64 = 0x38;
 
 /// Reads a register; unknown offsets and widths read as zero.
-pub fn read(core: &VirtioCore, interrupts: &MsixCarrier, offset: u64, data: &mut [u8]) {
+pub fn read(core: &mut VirtioCore, interrupts: &MsixCarrier, offset: u64, data: &mut [u8]) {
+    if offset == DEVICE_STATUS && core.settle() {
+        interrupts.reset();
+    }
     let queue = core.selected_queue();
     let value: u64 = match (offset, data.len()) {
         (DEVICE_FEATURE_SELECT, 4) => core.device_feature_select.into(),
@@ -40,7 +43,7 @@ pub fn read(core: &VirtioCore, interrupts: &MsixCarrier, offset: u64, data: &mut
         // A size of zero says that there is no such queue.
         (QUEUE_SIZE, 2) => queue.map_or(0, |q| q.layout.size.into()),
         (QUEUE_MSIX_VECTOR, 2) => selected(core).map_or(NO_VECTOR, |q| interrupts.vector(q)).into(),
-        (QUEUE_ENABLE, 2) => queue.map_or(0, |q| q.enabled.into()),
+        (QUEUE_ENABLE, 2) => queue.map_or(0, |q| q.is_ready().into()),
         (QUEUE_NOTIFY_OFF, 2) => queue.map_or(0, |_| core.queue_select.into()),
         (QUEUE_DESC..END, 4 | 8) => queue.map_or(0, |q| {
             let address = match offset & !7 {
@@ -60,6 +63,12 @@ pub fn read(core: &VirtioCore, interrupts: &MsixCarrier, offset: u64, data: &mut
 
 /// Writes a register; unknown offsets and widths, and what is read-only now, are ignored.
 pub fn write(core: &mut VirtioCore, interrupts: &MsixCarrier, offset: u64, data: &[u8]) {
+    if core.settle() {
+        interrupts.reset();
+    }
+    if core.is_resetting() {
+        return;
+    }
     let mut bytes = [0; 8];
     let n = data.len().min(bytes.len());
     bytes[..n].copy_from_slice(&data[..n]);
@@ -70,8 +79,7 @@ pub fn write(core: &mut VirtioCore, interrupts: &MsixCarrier, offset: u64, data:
         (DRIVER_FEATURE, 4) => core.set_driver_features(value as u32),
         (CONFIG_MSIX_VECTOR, 2) => interrupts.set_vector(Source::Config, value as u16),
         (DEVICE_STATUS, 1) => {
-            core.set_status(value as u8);
-            if value == 0 {
+            if core.set_status(value as u8) {
                 interrupts.reset();
             }
         }

@@ -148,7 +148,7 @@ impl VirtioPci {
             MSIX_TABLE..MSIX_PBA => self.msix.read(offset - MSIX_TABLE, data),
             MSIX_PBA.. => self.msix.read_pending(offset - MSIX_PBA, data),
             _ => match (offset / REGION, offset % REGION) {
-                (COMMON, at) => common::read(&self.core, &self.signals.carrier, at, data),
+                (COMMON, at) => common::read(&mut self.core, &self.signals.carrier, at, data),
                 (ISR, 0) => {
                     data.fill(0);
                     data[0] = self.core.registers().clear_isr(!0);
