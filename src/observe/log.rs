@@ -2,9 +2,9 @@
 
 use std::fmt::{self, Write as _};
 use std::io::Write as _;
-use std::sync::Mutex;
-use std::sync::atomic::{AtomicBool, AtomicU32, AtomicU64, Ordering};
-use std::time::{Duration, Instant};
+use std::sync::atomic::{AtomicBool, Ordering};
+use std::sync::{Mutex, OnceLock, PoisonError};
+use std::time::Instant;
 
 use tracing::field::{Field, Visit};
 use tracing::{Event, Level, Metadata, Subscriber, span};
@@ -74,33 +74,41 @@ impl Visit for Text<'_> {
     }
 }
 
-/// Lets ten events a second through.
-pub struct GuestLimiter {
-    /// Seconds since the first event, and how many came in that second.
-    second: AtomicU64,
-    count: AtomicU32,
+/// Lets ten events a minute through.
+pub struct GuestLimiter(Mutex<Minute>);
+
+/// What came in a minute.
+struct Minute {
+    /// Since the first event of the process.
+    number: u64,
+    events: u64,
 }
 
-const EVENTS_PER_SECOND: u32 = 10;
+const EVENTS_PER_MINUTE: u64 = 10;
 
 impl GuestLimiter {
     #[must_use]
     #[expect(clippy::new_without_default, reason = "only ever a static, for which `new` is const")]
     pub const fn new() -> Self {
-        Self { second: AtomicU64::new(0), count: AtomicU32::new(0) }
+        Self(Mutex::new(Minute { number: 0, events: 0 }))
     }
 
-    pub fn allows(&self) -> bool {
-        static START: Mutex<Option<Instant>> = Mutex::new(None);
-        let elapsed = START.lock().map_or(Duration::ZERO, |mut start| start.get_or_insert_with(Instant::now).elapsed());
-        self.allows_at(elapsed.as_secs())
+    /// `Some` for an event that may be told of, with how many before it may not.
+    pub fn allows(&self) -> Option<u64> {
+        static START: OnceLock<Instant> = OnceLock::new();
+        self.allows_at(START.get_or_init(Instant::now).elapsed().as_secs() / 60)
     }
 
-    fn allows_at(&self, now: u64) -> bool {
-        if self.second.swap(now, Ordering::Relaxed) != now {
-            self.count.store(0, Ordering::Relaxed);
+    fn allows_at(&self, minute: u64) -> Option<u64> {
+        let mut state = self.0.lock().unwrap_or_else(PoisonError::into_inner);
+        let mut kept_back = 0;
+        // Two threads may have read the clock in the other order: it never goes back.
+        if minute > state.number {
+            kept_back = state.events.saturating_sub(EVENTS_PER_MINUTE);
+            *state = Minute { number: minute, events: 0 };
         }
-        self.count.fetch_add(1, Ordering::Relaxed) < EVENTS_PER_SECOND
+        state.events += 1;
+        (state.events <= EVENTS_PER_MINUTE).then_some(kept_back)
     }
 }
 
@@ -109,9 +117,50 @@ mod tests {
     use super::*;
 
     #[test]
-    fn ten_a_second_and_no_more() {
+    fn ten_a_minute_and_no_more() {
         let limiter = GuestLimiter::new();
-        assert_eq!((0..1000).filter(|_| limiter.allows_at(0)).count(), 10);
-        assert_eq!((0..1000).filter(|_| limiter.allows_at(1)).count(), 10);
+        let let_through = |minute, count| {
+            (0..count).filter_map(|_| limiter.allows_at(minute)).fold((0, 0), |(n, kept), more| (n + 1, kept + more))
+        };
+        assert_eq!(let_through(0, 1000), (10, 0));
+        assert_eq!(let_through(1, 500), (10, 990), "it says how many were kept back");
+        assert_eq!(let_through(0, 500), (0, 0), "a clock that was read late opens no new minute");
+        assert_eq!(let_through(7, 3), (3, 990));
+        assert_eq!(let_through(8, 3), (3, 0));
+    }
+
+    #[test]
+    fn what_is_kept_back_is_not_formatted() {
+        let formatted = std::cell::Cell::new(0);
+        struct Counted<'a>(&'a std::cell::Cell<u32>);
+        impl fmt::Display for Counted<'_> {
+            fn fmt(&self, _: &mut fmt::Formatter<'_>) -> fmt::Result {
+                self.0.set(self.0.get() + 1);
+                Ok(())
+            }
+        }
+        struct Reader;
+        impl Subscriber for Reader {
+            fn enabled(&self, _: &Metadata<'_>) -> bool {
+                true
+            }
+            fn event(&self, event: &Event<'_>) {
+                event.record(&mut Text(&mut String::new()));
+            }
+            fn new_span(&self, _: &span::Attributes<'_>) -> span::Id {
+                span::Id::from_u64(1)
+            }
+            fn record(&self, _: &span::Id, _: &span::Record<'_>) {}
+            fn record_follows_from(&self, _: &span::Id, _: &span::Id) {}
+            fn enter(&self, _: &span::Id) {}
+            fn exit(&self, _: &span::Id) {}
+        }
+        tracing::subscriber::with_default(Reader, || {
+            for _ in 0..100_000 {
+                crate::observe::guest_warning!("{}", Counted(&formatted));
+            }
+        });
+        // Twenty, if a minute of the process ended just now.
+        assert!([10, 20].contains(&formatted.get()), "{} times", formatted.get());
     }
 }

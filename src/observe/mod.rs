@@ -6,13 +6,17 @@ mod timeline;
 pub use log::{GuestLimiter, TERMINAL_IS_RAW, init_log};
 pub use timeline::{Milestone, Timeline};
 
-/// Warns of something the guest did. One place in the code warns at most ten times a second, so that a guest
-/// cannot fill a disk with its deeds.
+/// Warns of something the guest did. One place in the code warns at most ten times a minute, and says then how many
+/// warnings it kept back before, so that a guest cannot fill a disk with its deeds. What is kept back is not even
+/// formatted.
 #[macro_export]
 macro_rules! guest_warning {
     ($($arg:tt)*) => {{
         static LIMITER: $crate::observe::GuestLimiter = $crate::observe::GuestLimiter::new();
-        if LIMITER.allows() {
+        if let Some(kept_back) = LIMITER.allows() {
+            if kept_back > 0 {
+                tracing::warn!("{kept_back} warnings like the next one were kept back");
+            }
             tracing::warn!($($arg)*);
         }
     }};
