@@ -78,12 +78,12 @@ impl Machine {
         timeline.mark(Milestone::KernelLoaded);
 
         let cpuid = HostCpuid::new(&kvm)?;
-        let address_bits = cpuid.physical_address_bits();
+        let window_64 = layout::pci_window_64(cpuid.physical_address_bits());
         acpi::write(
             &ram,
             &AcpiConfig {
                 cpus: config.cpus.into(),
-                pci: devices::has_pci(config).then(|| PciTables { window_64: layout::pci_window_64(address_bits) }),
+                pci: devices::has_pci(config).then(|| PciTables { window_64 }),
                 virtio_mmio: devices::mmio_places(config),
             },
         )?;
@@ -95,7 +95,7 @@ impl Machine {
         let board = Arc::new(Board { ports: Bus::default(), mmio: Arc::default(), news: news.clone() });
         let interrupts = Arc::new(Interrupts::new(vm.clone()));
         let (event_device, serial) = attach_platform(&board, news, &interrupts, serial, timeline)?;
-        devices::attach(config, host, &ram, &board, &interrupts)?;
+        devices::attach(config, host, &ram, &board, &interrupts, window_64)?;
 
         let waiting = create_vcpus(&vm, &cpuid, config.cpus, &entry)?;
         cpu::install_kick_handler().map_err(|e| KvmError::call("install its signal handler")(e))?;

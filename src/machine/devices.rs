@@ -33,16 +33,17 @@ pub fn mmio_places(config: &VmConfig) -> Vec<MmioPlace> {
     }
 }
 
-/// Opens all devices and puts them onto the buses.
+/// Opens all devices and puts them onto the buses; `window_64` is where 64-bit BARs may be.
 pub fn attach(
     config: &VmConfig,
     host: &dyn HostFiles,
     ram: &Ram,
     board: &Board,
     interrupts: &Arc<Interrupts>,
+    window_64: Option<(u64, u64)>,
 ) -> Result<(), MachineError> {
     let devices = open(config, host)?;
-    let mut root = PciRoot::new(&board.mmio);
+    let mut root = PciRoot::new(&board.mmio, window_64);
     match config.transport {
         Transport::Pci => {
             for (slot, device) in (1..).zip(devices) {

@@ -21,21 +21,37 @@ struct Function {
     mapped: BarAddress,
 }
 
+/// The bridge's windows, start and end, as the guest's ACPI tables name them. Elsewhere there is RAM, or what KVM or
+/// the platform answers: a BAR there could take nothing from them, but its doorbells would be in their way.
+type Windows = [Option<(u64, u64)>; 2];
+
+fn is_within(windows: &Windows, bar: u64) -> bool {
+    let end = bar.saturating_add(BAR_SIZE);
+    windows.iter().flatten().any(|&(from, to)| from <= bar && end <= to)
+}
+
 type SharedFunction = Arc<Mutex<Function>>;
 
 pub struct PciRoot {
     slots: [Option<SharedFunction>; SLOTS],
     /// Weak, as this root is on that bus itself: each would keep the other alive, and all devices with them.
     mmio: Weak<Bus>,
+    /// Where BARs are decoded.
+    windows: Windows,
     /// What was written to 0xcf8.
     address: u32,
 }
 
 impl PciRoot {
-    /// `mmio` is where BARs appear.
+    /// `mmio` is where BARs appear; `window_64` are the addresses beyond 4 GiB that they may have.
     #[must_use]
-    pub fn new(mmio: &Arc<Bus>) -> Self {
-        Self { slots: [const { None }; SLOTS], mmio: Arc::downgrade(mmio), address: 0 }
+    pub fn new(mmio: &Arc<Bus>, window_64: Option<(u64, u64)>) -> Self {
+        Self {
+            slots: [const { None }; SLOTS],
+            mmio: Arc::downgrade(mmio),
+            windows: [Some((layout::PCI_WINDOW, layout::PCI_WINDOW + layout::PCI_WINDOW_SIZE)), window_64],
+            address: 0,
+        }
     }
 
     /// The address a function in `slot` finds its BAR at; the guest may move it.
@@ -69,9 +85,9 @@ fn read_config(root: &Mutex<PciRoot>, slot: usize, offset: u16, data: &mut [u8])
 
 /// Writes the configuration space, and maps the BAR where it is now.
 fn write_config(root: &Mutex<PciRoot>, slot: usize, offset: u16, data: &[u8]) {
-    let (shared, mmio) = {
+    let (shared, mmio, windows) = {
         let root = lock(root);
-        (root.slots[slot].clone(), root.mmio.upgrade())
+        (root.slots[slot].clone(), root.mmio.upgrade(), root.windows)
     };
     let (Some(shared), Some(mmio)) = (shared, mmio) else { return };
     // The bus holds no lock of its own while it waits for a function, so it may be taken under this one.
@@ -85,7 +101,9 @@ fn write_config(root: &Mutex<PciRoot>, slot: usize, offset: u16, data: &[u8]) {
         mmio.remove(old);
     }
     if let Some(new) = wanted {
-        if mmio.insert(new, BAR_SIZE, shared.clone()) {
+        if !is_within(&windows, new) {
+            crate::observe::guest_warning!("a BAR at {new:#x} is outside of the bridge's windows: it stays unmapped");
+        } else if mmio.insert(new, BAR_SIZE, shared.clone()) {
             function.mapped = wanted;
         } else {
             crate::observe::guest_warning!("a BAR at {new:#x} would cover another device: it stays unmapped");

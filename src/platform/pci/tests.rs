@@ -11,7 +11,7 @@ struct Pc {
 /// Functions in slots 1 and 2.
 fn pc() -> Pc {
     let (mmio, ports) = (Arc::<Bus>::default(), Bus::default());
-    let mut root = PciRoot::new(&mmio);
+    let mut root = PciRoot::new(&mmio, Some((1 << 38, 1 << 39)));
     let mut hosts = Vec::new();
     for slot in 1..=2 {
         let (function, host, _) = function(PciRoot::initial_bar(slot));
@@ -84,15 +84,21 @@ fn a_bar_goes_where_nothing_else_is() {
     assert!(pc.answers(second));
     assert_eq!(pc.hosts[1].doorbells(), [(second + 0x3000, None), (second + 0x3004, None)]);
 
-    // Over another function, over the configuration space, and around the end of the address space.
-    for taken in [first, layout::ECAM, !0x7fff] {
+    // Over another function, the configuration space, RAM, the platform's registers, the interrupt controllers,
+    // over the edges of the windows and around the end of the address space.
+    let window_end = layout::PCI_WINDOW + layout::PCI_WINDOW_SIZE;
+    let outside = [0x10_0000, layout::EVENT_DEVICE & !0x7fff, layout::IOAPIC, layout::LAPIC, layout::GAP_END];
+    let edges = [layout::PCI_WINDOW - BAR_SIZE, window_end, (1 << 38) - BAR_SIZE, 1 << 39, !0x7fff];
+    for taken in [first, layout::ECAM].into_iter().chain(outside).chain(edges) {
         pc.move_bar(2, taken);
         assert!(pc.hosts[1].doorbells().is_empty(), "{taken:#x}");
         assert!(pc.answers(first) && !pc.answers(second));
     }
     assert_eq!(pc.config_read(1, 0) >> 16, 0x1044, "the configuration space is where it was");
-    pc.move_bar(2, second);
-    assert!(pc.answers(second));
+    for free in [second, window_end - BAR_SIZE, (1 << 39) - BAR_SIZE] {
+        pc.move_bar(2, free);
+        assert!(pc.answers(free), "{free:#x}");
+    }
 }
 
 #[test]
