@@ -145,9 +145,10 @@ impl Console {
         }
     }
 
-    /// Accepts a client, which replaces the one before.
+    /// Accepts all clients that wait; each replaces the one before. Those that cannot be accepted now wait until the
+    /// next one comes.
     pub fn accept(&mut self, serial: &SerialPort) {
-        if let Source::Socket { listener, client, .. } = &mut self.source
+        while let Source::Socket { listener, client, .. } = &mut self.source
             && let Ok((stream, _)) = listener.accept()
             && stream.set_nonblocking(true).is_ok()
             && let Ok(input) = stream.try_clone()

@@ -199,7 +199,8 @@ fn serve(machine: &mut Machine, console: &mut Console, signals: &mut Signals) ->
     watch(signals.fd(), SIGNALS)?;
     watch(std::os::fd::AsRawFd::as_raw_fd(machine.serial().room()), ROOM)?;
     if let Some(fd) = console.listener_fd() {
-        watch(fd, LISTENER)?;
+        // By edges: a client that cannot be accepted, for want of descriptors, must not wake us for ever.
+        epoll.ctl(ControlOperation::Add, fd, EpollEvent::new(EventSet::IN | EventSet::EDGE_TRIGGERED, LISTENER))?;
     }
     let mut input = InputWatch::default();
     let mut presses = 0;
