@@ -80,7 +80,7 @@ static void find_blocks(struct virtio *device)
     }
 }
 
-bool virtio_find(struct virtio *device, u16 kind, u32 nth)
+static bool find_behind_pci(struct virtio *device, u16 kind, u32 nth)
 {
     for (u8 slot = 0; slot < 32; slot++) {
         if (pci_readw(slot, PCI_VENDOR) != 0x1af4 || pci_readw(slot, PCI_DEVICE) != 0x1040 + kind || nth-- > 0)
@@ -93,102 +93,175 @@ bool virtio_find(struct virtio *device, u16 kind, u32 nth)
     return false;
 }
 
-/* --- The common configuration (section 4.1.4.3) --- */
+enum { MMIO_MAGIC = 0, MMIO_DEVICE = 8, MMIO_NOTIFY = 0x50, MMIO_CONFIG = 0x100 };
 
-enum {
-    DEVICE_FEATURE_SELECT = 0,
-    DEVICE_FEATURE = 4,
-    DRIVER_FEATURE_SELECT = 8,
-    DRIVER_FEATURE = 12,
-    MSIX_CONFIG = 16,
-    DEVICE_STATUS = 20,
-    QUEUE_SELECT = 22,
-    QUEUE_SIZE = 24,
-    QUEUE_MSIX_VECTOR = 26,
-    QUEUE_ENABLE = 28,
-    QUEUE_NOTIFY_OFFSET = 30,
-    QUEUE_DESCRIPTORS = 32,
-    QUEUE_DRIVER = 40,
-    QUEUE_DEVICE = 48,
-    NO_VECTOR = 0xffff,
+static bool find_over_mmio(struct virtio *device, u16 kind, u32 nth)
+{
+    for (u64 at = VIRTIO_MMIO; readl(at + MMIO_MAGIC) == 0x74726976; at += VIRTIO_MMIO_SIZE)
+        if (readl(at + MMIO_DEVICE) == kind && nth-- == 0) {
+            *device = (struct virtio){.mmio = at, .notify = at + MMIO_NOTIFY, .config = at + MMIO_CONFIG};
+            return true;
+        }
+    return false;
+}
+
+bool virtio_find(struct virtio *device, u16 kind, u32 nth)
+{
+    return option_is("transport", "mmio") ? find_over_mmio(device, kind, nth) : find_behind_pci(device, kind, nth);
+}
+
+/* --- The registers: the common configuration over PCI (section 4.1.4.3), their own page over MMIO (4.2.2) --- */
+
+enum which {
+    DEVICE_FEATURE_SELECT,
+    DEVICE_FEATURE,
+    DRIVER_FEATURE_SELECT,
+    DRIVER_FEATURE,
+    DEVICE_STATUS,
+    QUEUE_SELECT,
+    QUEUE_SIZE_MAX,
+    QUEUE_SIZE,
+    QUEUE_ENABLE,
+    QUEUE_DESCRIPTORS,
+    QUEUE_DRIVER,
+    QUEUE_DEVICE,
 };
+
+/* Offset and width over PCI, offset over MMIO. */
+static const struct {
+    u8 pci, width, mmio;
+} registers[] = {
+    [DEVICE_FEATURE_SELECT] = {0, 4, 0x14},
+    [DEVICE_FEATURE] = {4, 4, 0x10},
+    [DRIVER_FEATURE_SELECT] = {8, 4, 0x24},
+    [DRIVER_FEATURE] = {12, 4, 0x20},
+    [DEVICE_STATUS] = {20, 1, 0x70},
+    [QUEUE_SELECT] = {22, 2, 0x30},
+    [QUEUE_SIZE_MAX] = {24, 2, 0x34},
+    [QUEUE_SIZE] = {24, 2, 0x38},
+    [QUEUE_ENABLE] = {28, 2, 0x44},
+    [QUEUE_DESCRIPTORS] = {32, 4, 0x80},
+    [QUEUE_DRIVER] = {40, 4, 0x90},
+    [QUEUE_DEVICE] = {48, 4, 0xa0},
+};
+
+/* Over PCI only. */
+enum { MSIX_CONFIG = 16, QUEUE_MSIX_VECTOR = 26, QUEUE_NOTIFY_OFFSET = 30, NO_VECTOR = 0xffff };
+
+static u32 get(const struct virtio *device, enum which which)
+{
+    u64 at = device->common + registers[which].pci;
+    if (device->mmio != 0)
+        return readl(device->mmio + registers[which].mmio);
+    return registers[which].width == 1 ? readb(at) : registers[which].width == 2 ? readw(at) : readl(at);
+}
+
+static void set(const struct virtio *device, enum which which, u32 value)
+{
+    u64 at = device->common + registers[which].pci;
+    if (device->mmio != 0)
+        writel(device->mmio + registers[which].mmio, value);
+    else if (registers[which].width == 1)
+        writeb(at, value);
+    else if (registers[which].width == 2)
+        writew(at, value);
+    else
+        writel(at, value);
+}
+
+/* Two halves: over PCI these are 64 bits wide, but drivers access them so (section 4.1.3.1). */
+static void set_address(const struct virtio *device, enum which which, u64 address)
+{
+    u64 at = device->mmio != 0 ? device->mmio + registers[which].mmio : device->common + registers[which].pci;
+    writel(at, address);
+    writel(at + 4, address >> 32);
+}
 
 u8 virtio_status(const struct virtio *device)
 {
-    return readb(device->common + DEVICE_STATUS);
+    return get(device, DEVICE_STATUS);
 }
 
-static void set_status(const struct virtio *device, u8 bits)
+void virtio_write_status(const struct virtio *device, u8 value)
 {
-    writeb(device->common + DEVICE_STATUS, virtio_status(device) | bits);
+    set(device, DEVICE_STATUS, value);
+}
+
+static void add_status(const struct virtio *device, u8 bits)
+{
+    virtio_write_status(device, virtio_status(device) | bits);
+}
+
+bool virtio_reset(const struct virtio *device)
+{
+    virtio_write_status(device, 0);
+    for (u64 since = timestamp(); virtio_status(device) != 0; pause())
+        if (!within(since, 5))
+            return false;
+    return true;
 }
 
 bool virtio_negotiate(struct virtio *device, u64 wanted)
 {
-    u64 common = device->common;
-    writeb(common + DEVICE_STATUS, 0);
-    for (u64 since = timestamp(); virtio_status(device) != 0; pause())
-        if (!within(since, 5))
-            return false;
-    set_status(device, STATUS_ACKNOWLEDGE);
-    set_status(device, STATUS_DRIVER);
+    if (!virtio_reset(device))
+        return false;
+    add_status(device, STATUS_ACKNOWLEDGE);
+    add_status(device, STATUS_DRIVER);
     device->offered = 0;
     for (u32 half = 0; half < 2; half++) {
-        writel(common + DEVICE_FEATURE_SELECT, half);
-        device->offered |= (u64)readl(common + DEVICE_FEATURE) << 32 * half;
+        set(device, DEVICE_FEATURE_SELECT, half);
+        device->offered |= (u64)get(device, DEVICE_FEATURE) << 32 * half;
     }
     device->features = device->offered & (wanted | FEATURE_VERSION_1);
     for (u32 half = 0; half < 2; half++) {
-        writel(common + DRIVER_FEATURE_SELECT, half);
-        writel(common + DRIVER_FEATURE, device->features >> 32 * half);
+        set(device, DRIVER_FEATURE_SELECT, half);
+        set(device, DRIVER_FEATURE, device->features >> 32 * half);
     }
-    set_status(device, STATUS_FEATURES_OK);
+    add_status(device, STATUS_FEATURES_OK);
     return virtio_status(device) & STATUS_FEATURES_OK;
 }
 
-/* Two halves: the registers are 64 bits wide, but drivers access them so (section 4.1.3.1). */
-static void write_address(u64 at, const void *address)
+void virtio_place_queue(struct virtio *device, u16 number, u32 size, u64 descriptors, u64 avail, u64 used)
 {
-    writel(at, (u64)address);
-    writel(at + 4, (u64)address >> 32);
+    set(device, QUEUE_SELECT, number);
+    set(device, QUEUE_SIZE, size);
+    if (device->mmio == 0)
+        writew(device->common + QUEUE_MSIX_VECTOR, NO_VECTOR);
+    set_address(device, QUEUE_DESCRIPTORS, descriptors);
+    set_address(device, QUEUE_DRIVER, avail);
+    set_address(device, QUEUE_DEVICE, used);
+    set(device, QUEUE_ENABLE, 1);
 }
 
 bool virtio_queue(struct virtio *device, u16 number, struct queue *queue)
 {
-    u64 common = device->common;
     memset(queue, 0, sizeof(*queue));
-    writew(common + QUEUE_SELECT, number);
-    u16 size = readw(common + QUEUE_SIZE);
+    set(device, QUEUE_SELECT, number);
+    u32 size = get(device, QUEUE_SIZE_MAX);
     if (size == 0)
         return false;
-    if (size > QUEUE_MAX) {
+    if (size > QUEUE_MAX)
         size = QUEUE_MAX;
-        writew(common + QUEUE_SIZE, size);
-    }
     queue->device = device;
     queue->number = number;
     queue->size = size;
-    queue->doorbell = device->notify + readw(common + QUEUE_NOTIFY_OFFSET) * device->notify_multiplier;
-    writew(common + QUEUE_MSIX_VECTOR, NO_VECTOR);
-    write_address(common + QUEUE_DESCRIPTORS, queue->descriptors);
-    write_address(common + QUEUE_DRIVER, &queue->avail);
-    write_address(common + QUEUE_DEVICE, &queue->used);
-    writew(common + QUEUE_ENABLE, 1);
+    queue->doorbell = device->notify;
+    if (device->mmio == 0)
+        queue->doorbell += readw(device->common + QUEUE_NOTIFY_OFFSET) * device->notify_multiplier;
+    virtio_place_queue(device, number, size, (u64)queue->descriptors, (u64)&queue->avail, (u64)&queue->used);
     return true;
 }
 
 void virtio_run(struct virtio *device)
 {
-    writew(device->common + MSIX_CONFIG, NO_VECTOR);
-    set_status(device, STATUS_DRIVER_OK);
+    if (device->mmio == 0)
+        writew(device->common + MSIX_CONFIG, NO_VECTOR);
+    add_status(device, STATUS_DRIVER_OK);
 }
 
 /* --- Rings --- */
 
 enum { DESCRIPTOR_NEXT = 1, DESCRIPTOR_WRITE = 2, DESCRIPTOR_INDIRECT = 4, USED_NO_NOTIFY = 1 };
-
-#define barrier() asm volatile("mfence" : : : "memory")
-#define volatile_read(place) (*(volatile typeof(place) *)&(place))
 
 /* The `used_event` and `avail_event` fields stand behind the last entry that the ring really has. */
 static volatile u16 *avail_event(struct queue *queue)
@@ -207,6 +280,14 @@ static void fill(struct descriptor *table, const struct piece *pieces, u32 count
             .next = i + 1,
         };
     }
+}
+
+void queue_kick(const struct queue *queue)
+{
+    if (queue->device->mmio != 0)
+        writel(queue->doorbell, queue->number);
+    else
+        writew(queue->doorbell, queue->number);
 }
 
 void queue_submit(struct queue *queue, const struct piece *pieces, u32 count)
@@ -228,7 +309,7 @@ void queue_submit(struct queue *queue, const struct piece *pieces, u32 count)
     bool ring = features & FEATURE_EVENT_INDEX ? *avail_event(queue) == before
                                                : !(volatile_read(queue->used.flags) & USED_NO_NOTIFY);
     if (ring)
-        writew(queue->doorbell, queue->number);
+        queue_kick(queue);
 }
 
 bool queue_wait(struct queue *queue, u32 *length)

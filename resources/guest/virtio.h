@@ -1,4 +1,4 @@
-/* PCI configuration space and a polling driver for modern virtio devices over PCI (virtio 1.2, section 4.1). */
+/* PCI configuration space, and a polling driver for modern virtio devices over PCI and MMIO (virtio 1.2, section 4). */
 #pragma once
 
 #include "runtime.h"
@@ -38,8 +38,13 @@ enum {
     STATUS_NEEDS_RESET = 64,
 };
 
+/* `transport=mmio` on the command line: a page of registers each, from here on. */
+#define VIRTIO_MMIO 0xc0002000ull
+#define VIRTIO_MMIO_SIZE 0x1000ull
+
 struct virtio {
     u8 slot;
+    u64 mmio; /* its registers, if it is not behind PCI */
     u64 common, notify, isr, config; /* addresses of its register blocks */
     u32 notify_multiplier;
     u64 offered, features; /* bits the device offers; bits agreed on */
@@ -82,12 +87,23 @@ struct piece {
 /* The `nth` device of a kind, its register blocks found. */
 bool virtio_find(struct virtio *device, u16 kind, u32 nth);
 u8 virtio_status(const struct virtio *device);
+/* Writes the register, whatever it was. */
+void virtio_write_status(const struct virtio *device, u8 value);
+/* Writes zero and waits until it is there; false after five seconds. */
+bool virtio_reset(const struct virtio *device);
 /* Resets the device and agrees on those of the wanted features that it offers. */
 bool virtio_negotiate(struct virtio *device, u64 wanted);
 /* Sets up a queue, of the device's own size if that is less than QUEUE_MAX. */
 bool virtio_queue(struct virtio *device, u16 number, struct queue *queue);
+/* Enables a queue of whatever size at whatever addresses. */
+void virtio_place_queue(struct virtio *device, u16 number, u32 size, u64 descriptors, u64 avail, u64 used);
 void virtio_run(struct virtio *device);
 
+#define barrier() asm volatile("mfence" : : : "memory")
+#define volatile_read(place) (*(volatile typeof(place) *)&(place))
+
+/* Rings the doorbell. */
+void queue_kick(const struct queue *queue);
 /* Puts a request in the ring (as an indirect table if that was agreed on) and rings the doorbell if the device asks
    for it. */
 void queue_submit(struct queue *queue, const struct piece *pieces, u32 count);

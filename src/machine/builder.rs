@@ -83,7 +83,7 @@ impl Machine {
             &ram,
             &AcpiConfig {
                 cpus: config.cpus.into(),
-                pci: devices::has_pci(config).then(|| PciTables { window_64 }),
+                pci: devices::has_pci(config).then_some(PciTables { window_64 }),
                 virtio_mmio: devices::mmio_places(config),
             },
         )?;

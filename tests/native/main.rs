@@ -7,6 +7,7 @@ mod block;
 mod endings;
 mod entry;
 mod guest;
+mod hostile;
 mod memory;
 mod pty;
 mod serial;

@@ -79,7 +79,8 @@ pub fn write(core: &mut VirtioCore, interrupts: &MsixCarrier, offset: u64, data:
         (DRIVER_FEATURE, 4) => core.set_driver_features(value as u32),
         (CONFIG_MSIX_VECTOR, 2) => interrupts.set_vector(Source::Config, value as u16),
         (DEVICE_STATUS, 1) => {
-            if core.set_status(value as u8) {
+            let was_reset = core.set_status(value as u8);
+            if was_reset {
                 interrupts.reset();
             }
         }
