@@ -11,7 +11,7 @@
 //! - [`cpu`]: a vCPU: CPUID, MSRs, registers, run loop
 //! - [`devices`]: one virtio device per file; each knows its queues, never its transport
 //! - [`virtio`]: the device contract, queues and the two transports, PCI and MMIO
-//! - [`backend`]: the host side of a device: disk files, taps; every host file enters here
+//! - [`backend`]: the host side of a device: disk files, taps, vhost; every host file enters here
 //! - [`memory`]: guest RAM: regions, backing, dirty tracking
 //! - [`config`]: what a VM is: plain data with defaults, units and validation
 //! - [`observe`]: logs and the boot timeline

@@ -22,6 +22,8 @@ pub enum HostFile {
     },
     /// `/dev/net/tun`, not yet attached to an interface.
     Tun,
+    /// `/dev/vhost-net`, without an owner.
+    VhostNet,
     /// A file the serial port writes to: created, or emptied.
     SerialOutput(PathBuf),
 }
@@ -31,6 +33,7 @@ impl fmt::Display for HostFile {
         match self {
             Self::Kvm => f.write_str("/dev/kvm"),
             Self::Tun => f.write_str("/dev/net/tun"),
+            Self::VhostNet => f.write_str("/dev/vhost-net"),
             Self::BootFile(path) | Self::SerialOutput(path) | Self::Disk { path, .. } => {
                 write!(f, "{}", path.display())
             }
@@ -60,7 +63,7 @@ impl HostFiles for OpenDirectly {
         // from hanging the start; it means nothing to regular files and block devices.
         let mut options = OpenOptions::new();
         match file {
-            HostFile::Kvm | HostFile::Tun => options.read(true).write(true).open(file.to_string()),
+            HostFile::Kvm | HostFile::Tun | HostFile::VhostNet => options.read(true).write(true).open(file.to_string()),
             HostFile::BootFile(path) => options.read(true).custom_flags(libc::O_NONBLOCK).open(path),
             HostFile::Disk { path, read_only } => {
                 options.read(true).write(!read_only).custom_flags(libc::O_NONBLOCK).open(path)

@@ -30,6 +30,8 @@ pub enum TapError {
     Busy(String),
     #[error("no permission to use tap {0}")]
     Permission(String),
+    #[error("tap {0} was made for one queue")]
+    OneQueue(String),
     #[error("the host's tun driver lacks {0}")]
     Unsupported(&'static str),
     #[error("tap {name}: {what} failed")]
@@ -51,6 +53,9 @@ impl TapError {
             Self::Name(_) => Some("'ip tuntap list' lists the taps there are".into()),
             Self::Busy(_) => Some("a tap serves one VM: create another for this one".into()),
             Self::NotATap(name) => Some(format!("ip -d link show {name} tells what it is")),
+            Self::OneQueue(name) => {
+                Some(format!("make it anew: ip tuntap add dev {name} mode tap multi_queue user $USER"))
+            }
             _ => None,
         }
     }
@@ -59,17 +64,20 @@ impl TapError {
 /// What the host may leave undone in the frames it hands over, because the guest will do it.
 #[derive(Debug, Clone, Copy, PartialEq, Eq, Default)]
 pub struct Offloads {
-    /// Checksums; the other three are nothing without it.
+    /// Checksums; the others are nothing without it.
     pub checksum: bool,
     /// Segmentation of TCP over IPv4 and IPv6.
     pub tso4: bool,
     pub tso6: bool,
     /// Segmentation where TCP signals congestion; nothing without one of the two before.
     pub ecn: bool,
+    /// Segmentation of UDP over IPv4 and IPv6: the host has both or none (Linux 6.2).
+    pub uso: bool,
 }
 
 impl Offloads {
-    pub const ALL: Self = Self { checksum: true, tso4: true, tso6: true, ecn: true };
+    pub const NONE: Self = Self { checksum: false, tso4: false, tso6: false, ecn: false, uso: false };
+    pub const ALL: Self = Self { checksum: true, tso4: true, tso6: true, ecn: true, uso: true };
 
     fn flags(self) -> c_uint {
         let mut flags = 0;
@@ -78,6 +86,7 @@ impl Offloads {
             flags |= if self.tso4 { libc::TUN_F_TSO4 } else { 0 };
             flags |= if self.tso6 { libc::TUN_F_TSO6 } else { 0 };
             flags |= if self.ecn && (self.tso4 || self.tso6) { libc::TUN_F_TSO_ECN } else { 0 };
+            flags |= if self.uso { libc::TUN_F_USO4 | libc::TUN_F_USO6 } else { 0 };
         }
         flags
     }
@@ -89,57 +98,60 @@ pub struct Tap {
     file: File,
     name: String,
     mtu: u16,
-    can_offload: bool,
+    offloads: Offloads,
 }
 
 impl Tap {
-    /// Attaches to the tap called `name`. It has to exist: one made on the spot would be connected to nothing
-    /// and vanish with us.
-    pub fn attach(files: &dyn HostFiles, name: &str) -> Result<Self, TapError> {
+    /// Attaches to the tap called `name` by as many queues; the host spreads flows over them. It has to exist: one
+    /// made on the spot would be connected to nothing and vanish with us.
+    pub fn attach(files: &dyn HostFiles, name: &str, queues: u16) -> Result<Vec<Self>, TapError> {
         // What the kernel would take; `%` is a pattern there.
         let valid = |byte: u8| byte.is_ascii_graphic() && !matches!(byte, b'/' | b'%' | b':');
         if name.is_empty() || name.len() >= libc::IFNAMSIZ || !name.bytes().all(valid) {
             return Err(TapError::Name(name.into()));
         }
-        let failed = |what| move |source| TapError::Ioctl { name: name.into(), what, source };
-
         // Any socket speaks for the network namespace.
         let socket = rustix::net::socket_with(AddressFamily::UNIX, SocketType::DGRAM, SocketFlags::CLOEXEC, None)
-            .map_err(|errno| failed("opening a socket")(errno.into()))?;
+            .map_err(|errno| failed(name, "opening a socket")(errno.into()))?;
         match rustix::net::netdevice::name_to_index(&socket, name) {
             Ok(_) => {}
             Err(rustix::io::Errno::NODEV) => return Err(TapError::NoSuchTap(name.into())),
-            Err(errno) => return Err(failed("looking it up")(errno.into())),
+            Err(errno) => return Err(failed(name, "looking it up")(errno.into())),
         }
+        (0..queues).map(|_| Self::attach_queue(files, name, queues > 1, socket.as_fd())).collect()
+    }
 
+    fn attach_queue(
+        files: &dyn HostFiles,
+        name: &str,
+        several: bool,
+        socket: BorrowedFd<'_>,
+    ) -> Result<Self, TapError> {
         let file = files.open(&HostFile::Tun).map_err(TapError::Open)?;
         let fd = file.as_fd();
         let mut driver: c_uint = 0;
-        ioctl(fd, libc::TUNGETFEATURES, &mut driver).map_err(failed("reading the driver's features"))?;
+        ioctl(fd, libc::TUNGETFEATURES, &mut driver).map_err(failed(name, "reading the driver's features"))?;
         if driver & libc::IFF_VNET_HDR as c_uint == 0 {
             return Err(TapError::Unsupported("virtio-net headers (IFF_VNET_HDR)"));
         }
-        set_interface(fd, name).map_err(|source| match source.raw_os_error() {
-            Some(libc::EINVAL) => TapError::NotATap(name.into()),
-            Some(libc::EBUSY) => TapError::Busy(name.into()),
-            Some(libc::EPERM | libc::EACCES) => TapError::Permission(name.into()),
-            _ => failed("attaching")(source),
-        })?;
-        ioctl(fd, libc::TUNSETVNETHDRSZ, &mut (HEADER_BYTES as c_int)).map_err(failed("setting the header's size"))?;
-        ioctl(fd, libc::TUNSETVNETLE, &mut 1).map_err(failed("setting the header's byte order"))?;
+        set_interface(fd, name, several)?;
+        ioctl(fd, libc::TUNSETVNETHDRSZ, &mut (HEADER_BYTES as c_int))
+            .map_err(failed(name, "setting the header's size"))?;
+        ioctl(fd, libc::TUNSETVNETLE, &mut 1).map_err(failed(name, "setting the header's byte order"))?;
         rustix::fs::fcntl_setfl(fd, OFlags::RDWR | OFlags::NONBLOCK)
-            .map_err(|errno| failed("making it non-blocking")(errno.into()))?;
-        let mtu = mtu(socket.as_fd(), name).map_err(failed("reading the MTU"))?;
-        let mut tap = Self { file, name: name.into(), mtu, can_offload: true };
+            .map_err(|errno| failed(name, "making it non-blocking")(errno.into()))?;
+        let mtu = mtu(socket, name).map_err(failed(name, "reading the MTU"))?;
+        let mut tap = Self { file, name: name.into(), mtu, offloads: Offloads::NONE };
         // Nothing is read before the guest has said what it takes, so what this leaves switched on does no harm.
-        tap.can_offload = tap.set_offloads(Offloads::ALL).is_ok();
+        let candidates = [Offloads::ALL, Offloads { uso: false, ..Offloads::ALL }];
+        tap.offloads = candidates.into_iter().find(|&all| tap.offload(all).is_ok()).unwrap_or_default();
         Ok(tap)
     }
 
     /// A stand-in that keeps packets apart as a tap does, such as one end of a datagram socket pair.
     #[cfg(test)]
     pub fn from_packets(fd: std::os::fd::OwnedFd, mtu: u16) -> Self {
-        Self { file: fd.into(), name: "packets".into(), mtu, can_offload: false }
+        Self { file: fd.into(), name: "packets".into(), mtu, offloads: Offloads::NONE }
     }
 
     #[must_use]
@@ -153,20 +165,36 @@ impl Tap {
         self.mtu
     }
 
-    /// Can [`Self::set_offloads`] do anything?
+    /// What [`Self::set_offloads`] may choose from.
     #[must_use]
-    pub fn can_offload(&self) -> bool {
-        self.can_offload
+    pub fn offloads(&self) -> Offloads {
+        self.offloads
     }
 
-    /// Chooses what the host leaves to the reader of the frames.
+    /// Chooses what the host leaves to the readers of the frames, on all queues of the tap.
     pub fn set_offloads(&self, offloads: Offloads) -> io::Result<()> {
-        let flags = offloads.flags();
-        if !self.can_offload {
-            return if flags == 0 { Ok(()) } else { Err(io::ErrorKind::Unsupported.into()) };
+        if offloads.flags() & !self.offloads.flags() != 0 {
+            return Err(io::ErrorKind::Unsupported.into());
         }
+        // A stand-in has nothing to choose.
+        if self.offloads == Offloads::NONE { Ok(()) } else { self.offload(offloads) }
+    }
+
+    fn offload(&self, offloads: Offloads) -> io::Result<()> {
+        let flags = libc::c_ulong::from(offloads.flags());
         // SAFETY: TUNSETOFFLOAD takes its flags by value.
-        check(unsafe { libc::ioctl(self.file.as_raw_fd(), libc::TUNSETOFFLOAD as _, libc::c_ulong::from(flags)) })
+        check(unsafe { libc::ioctl(self.file.as_raw_fd(), libc::TUNSETOFFLOAD as _, flags) })
+    }
+
+    /// Has the host hand this queue frames, or none and forget those that wait. Attached, it gets some.
+    ///
+    /// # Errors
+    /// If it is so already, or the tap has one queue.
+    pub fn set_active(&self, active: bool) -> io::Result<()> {
+        let flags = if active { libc::IFF_ATTACH_QUEUE } else { libc::IFF_DETACH_QUEUE };
+        let mut request = interface_request("");
+        request.ifr_ifru.ifru_flags = flags as c_short;
+        ioctl(self.as_fd(), libc::TUNSETQUEUE, &mut request)
     }
 }
 
@@ -176,18 +204,29 @@ impl AsFd for Tap {
     }
 }
 
-/// Binds a tun descriptor to an interface, whether that was made for one queue or for several.
-fn set_interface(fd: BorrowedFd<'_>, name: &str) -> io::Result<()> {
-    let one = libc::IFF_TAP | libc::IFF_NO_PI | libc::IFF_VNET_HDR;
-    let attach = |flags: c_int| {
+/// Binds a tun descriptor to an interface: to one made for several queues if several are wanted, else to any.
+fn set_interface(fd: BorrowedFd<'_>, name: &str, several: bool) -> Result<(), TapError> {
+    let attach = |several: bool| {
+        let queues = if several { libc::IFF_MULTI_QUEUE } else { 0 };
         let mut request = interface_request(name);
-        request.ifr_ifru.ifru_flags = flags as c_short;
+        request.ifr_ifru.ifru_flags = (libc::IFF_TAP | libc::IFF_NO_PI | libc::IFF_VNET_HDR | queues) as c_short;
         ioctl(fd, libc::TUNSETIFF, &mut request)
     };
-    match attach(one) {
-        Err(error) if error.raw_os_error() == Some(libc::EINVAL) => attach(one | libc::IFF_MULTI_QUEUE),
-        done => done,
+    match attach(several) {
+        // It was made the other way, or is no tap.
+        Err(error) if error.raw_os_error() == Some(libc::EINVAL) => match attach(!several) {
+            Err(error) if error.raw_os_error() == Some(libc::EINVAL) => Err(error),
+            _ if several => return Err(TapError::OneQueue(name.into())),
+            second => second,
+        },
+        first => first,
     }
+    .map_err(|source| match source.raw_os_error() {
+        Some(libc::EINVAL) => TapError::NotATap(name.into()),
+        Some(libc::EBUSY) => TapError::Busy(name.into()),
+        Some(libc::EPERM | libc::EACCES) => TapError::Permission(name.into()),
+        _ => failed(name, "attaching")(source),
+    })
 }
 
 fn mtu(socket: BorrowedFd<'_>, name: &str) -> io::Result<u16> {
@@ -215,6 +254,11 @@ fn ioctl<T>(fd: BorrowedFd<'_>, request: libc::Ioctl, argument: &mut T) -> io::R
     check(unsafe { libc::ioctl(fd.as_raw_fd(), request, std::ptr::from_mut(argument)) })
 }
 
+fn failed(name: &str, what: &'static str) -> impl FnOnce(io::Error) -> TapError {
+    let name = name.to_owned();
+    move |source| TapError::Ioctl { name, what, source }
+}
+
 fn check(result: c_int) -> io::Result<()> {
     if result < 0 { Err(io::Error::last_os_error()) } else { Ok(()) }
 }
@@ -227,9 +271,9 @@ mod tests {
     #[test]
     fn names_that_are_none_and_taps_that_are_not_there() {
         for name in ["", "sixteen-bytes-xx", "tap%d", "a/b", "a b"] {
-            assert!(matches!(Tap::attach(&OpenDirectly, name), Err(TapError::Name(_))), "{name:?}");
+            assert!(matches!(Tap::attach(&OpenDirectly, name, 1), Err(TapError::Name(_))), "{name:?}");
         }
-        let error = Tap::attach(&OpenDirectly, "no-such-tap0").unwrap_err();
+        let error = Tap::attach(&OpenDirectly, "no-such-tap0", 1).unwrap_err();
         assert!(matches!(&error, TapError::NoSuchTap(name) if name == "no-such-tap0"), "{error:?}");
         assert!(error.hint().unwrap().contains("ip tuntap add dev no-such-tap0 mode tap"));
     }
@@ -238,6 +282,7 @@ mod tests {
     fn offloads_that_make_no_sense_are_left_out() {
         assert_eq!(Offloads { tso4: true, tso6: true, ..Offloads::default() }.flags(), 0);
         assert_eq!(Offloads { checksum: true, ecn: true, ..Offloads::default() }.flags(), libc::TUN_F_CSUM);
-        assert_eq!(Offloads::ALL.flags(), 0xf);
+        assert_eq!(Offloads { uso: true, ..Offloads::default() }.flags(), 0);
+        assert_eq!(Offloads::ALL.flags(), 0x6f);
     }
 }

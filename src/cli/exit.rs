@@ -37,6 +37,7 @@ pub enum Exit {
     DiskUnusable = 32,
     NoSuchTap = 40,
     TapUnusable = 41,
+    NoVhost = 42,
     Serial = 50,
     NoSuchKernel = 60,
     KernelExists = 61,
@@ -49,7 +50,7 @@ pub enum Exit {
 pub const HELP: &str = "\
 Exit status: 0 the guest powered off, 3 it reset, 4 its kernel panicked, 5 it was stopped from outside,
 6 a vCPU could not go on; 1 an internal error, 2 wrong usage, 10 to 12 KVM, 20 to 26 kernel, initrd and
-command line, 30 to 32 disks, 40 and 41 taps, 50 the serial port, 60 to 65 imported kernels.
+command line, 30 to 32 disks, 40 to 42 taps and vhost, 50 the serial port, 60 to 65 imported kernels.
 See docs/exit-codes.md.";
 
 impl From<&End> for Exit {
@@ -102,6 +103,7 @@ fn judge(error: &MachineError) -> (Exit, Option<String>) {
             let exit = if matches!(error, TapError::NoSuchTap(_)) { Exit::NoSuchTap } else { Exit::TapUnusable };
             (exit, error.hint())
         }
+        MachineError::Vhost(error) => (Exit::NoVhost, error.hint().map(str::to_owned)),
         MachineError::Serial { source, .. } if source.kind() == io::ErrorKind::AddrInUse => {
             (Exit::Serial, hint("another VM listens there, or it is no socket: give another path"))
         }

@@ -57,8 +57,8 @@ pub struct RunArgs {
     #[arg(long, value_name = "SIZE", default_value = "256M")]
     memory: MemorySize,
 
-    /// Network card on an existing tap; may be repeated
-    #[arg(long, value_name = "tap=NAME[,mac=ADDRESS][,mtu=BYTES]")]
+    /// Network card on an existing tap, with up to 16 pairs of queues; may be repeated
+    #[arg(long, value_name = "tap=NAME[,mac=ADDRESS][,mtu=BYTES][,queues=N][,vhost=on|off]")]
     net: Vec<NetConfig>,
 
     /// How the guest reaches its virtio devices. With mmio there is no PCI at all, unless mmio,pci asks for an empty root

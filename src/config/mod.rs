@@ -17,6 +17,8 @@ pub const MIN_MEMORY: u64 = 32 << 20;
 pub const MAX_DEVICES: usize = 31;
 /// Most queues of one disk: each has a thread of its own.
 pub const MAX_DISK_QUEUES: u16 = 16;
+/// Most queue pairs of one network card.
+pub const MAX_NET_QUEUES: u16 = 16;
 /// Kernel arguments that come before the user's own.
 pub const DEFAULT_CMDLINE: &str = "console=ttyS0 panic=1";
 
@@ -125,6 +127,10 @@ pub struct NetConfig {
     pub mac: Option<MacAddress>,
     /// The tap's when absent.
     pub mtu: Option<u16>,
+    /// Pairs of queues, each on a queue of the tap.
+    pub queues: u16,
+    /// Do the frames move within the host's kernel?
+    pub vhost: bool,
 }
 
 /// Where the serial port goes.

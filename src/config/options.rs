@@ -5,7 +5,9 @@
 use std::path::PathBuf;
 use std::str::FromStr;
 
-use super::{CacheMode, ConfigError, DiskConfig, IoEngine, MAX_DISK_QUEUES, NetConfig, SerialConfig, Transport};
+use super::{
+    CacheMode, ConfigError, DiskConfig, IoEngine, MAX_DISK_QUEUES, MAX_NET_QUEUES, NetConfig, SerialConfig, Transport,
+};
 
 /// The parts of an option text, each at most once.
 struct Parts {
@@ -131,12 +133,16 @@ fn disk_queues(value: String) -> Result<u16, ConfigError> {
 impl FromStr for NetConfig {
     type Err = ConfigError;
 
-    /// `tap=NAME[,mac=ADDRESS][,mtu=BYTES]`, in any order
+    /// `tap=NAME[,mac=ADDRESS][,mtu=BYTES][,queues=N][,vhost=on|off]`, in any order
     fn from_str(text: &str) -> Result<Self, ConfigError> {
         // All parts are keyed, so the first one is like the others.
         let Parts { rest, .. } = Parts::split(&format!(",{text}"))?;
-        let (mut tap, mut mac, mut mtu) = (None, None, None);
+        let (mut tap, mut mac, mut mtu, mut queues, mut vhost) = (None, None, None, 1, false);
         for (key, value) in rest {
+            if key == "vhost" {
+                vhost = flag("vhost", value.as_deref())?;
+                continue;
+            }
             let value = value.unwrap_or_default();
             match key.as_str() {
                 "tap" => tap = Some(value),
@@ -145,11 +151,15 @@ impl FromStr for NetConfig {
                     let bytes = value.parse().ok().filter(|&m: &u16| m >= 68);
                     mtu = Some(bytes.ok_or(ConfigError::Mtu(value))?);
                 }
-                _ => return Err(ConfigError::UnknownOption { key, known: "tap, mac and mtu" }),
+                "queues" => {
+                    let count = value.parse().ok().filter(|n| (1..=MAX_NET_QUEUES).contains(n));
+                    queues = count.ok_or(ConfigError::OptionValue { key: "queues", value, takes: "1 to 16" })?;
+                }
+                _ => return Err(ConfigError::UnknownOption { key, known: "tap, mac, mtu, queues and vhost" }),
             }
         }
         let tap = tap.filter(|t| !t.is_empty()).ok_or(ConfigError::NoTap)?;
-        Ok(Self { tap, mac, mtu })
+        Ok(Self { tap, mac, mtu, queues, vhost })
     }
 }
 
@@ -237,6 +247,15 @@ mod tests {
         assert_eq!(nic.tap, "t0");
         assert_eq!(nic.mtu, Some(9000));
         assert_eq!(nic.mac.unwrap().to_string(), "02:00:00:00:00:01");
+        assert_eq!((nic.queues, nic.vhost), (1, false));
+        let nic: NetConfig = "tap=t0,queues=16,vhost=on".parse().unwrap();
+        assert_eq!((nic.queues, nic.vhost), (16, true));
+        for (text, ok) in [("vhost", true), ("vhost=off", true), ("vhost=", false), ("queues=0", false)] {
+            assert_eq!(format!("tap=t,{text}").parse::<NetConfig>().is_ok(), ok, "{text}");
+        }
+        for text in ["queues=17", "queues", "queues=-1", "vhost=on,vhost=on"] {
+            assert!(format!("tap=t,{text}").parse::<NetConfig>().is_err(), "{text}");
+        }
         assert_eq!("tap=".parse::<NetConfig>(), Err(ConfigError::NoTap));
         assert_eq!("mtu=1500".parse::<NetConfig>(), Err(ConfigError::NoTap));
         for mtu in ["67", "65536", "x", ""] {

@@ -27,6 +27,9 @@ pub trait QueueServer: Send {
 pub trait DeviceConfig: Send {
     /// Reads; bytes past the end stay zero.
     fn read(&self, offset: usize, data: &mut [u8]);
+
+    /// See [`VirtioDevice::reset`].
+    fn reset(&self) {}
 }
 
 /// One that nothing changes.
@@ -46,6 +49,18 @@ pub struct Front {
     sizes: Vec<u16>,
     /// By queue: its server.
     server_of: Vec<usize>,
+    without: Option<Without>,
+    /// By queue: the server that it runs on.
+    running: Vec<Option<usize>>,
+}
+
+/// Where queues are when a feature has not been negotiated.
+struct Without {
+    feature: u64,
+    /// Those that keep their server.
+    same: u16,
+    /// The server of the one that comes then, and is the last.
+    server: usize,
 }
 
 impl Front {
@@ -65,14 +80,27 @@ impl Front {
         }
         queues.sort_unstable();
         assert!(queues.iter().zip(0..).all(|(queue, index)| queue.0 == index), "{name}: queues without a server");
-        let sizes = queues.iter().map(|queue| queue.1).collect();
-        let server_of = queues.iter().map(|queue| queue.2).collect();
-        Self { kind, name, features, config: Box::new(config), servers, sizes, server_of }
+        let (sizes, server_of): (Vec<_>, Vec<_>) = queues.iter().map(|&(_, size, at)| (size, at)).unzip();
+        let running = vec![None; queues.len()];
+        Self { kind, name, features, config: Box::new(config), servers, sizes, server_of, without: None, running }
     }
 
-    fn server(&mut self, index: u16) -> Option<&mut (dyn QueueServer + 'static)> {
-        let at = *self.server_of.get(usize::from(index))?;
-        Some(&mut *self.servers[at])
+    /// Of a device whose driver finds fewer queues if it does not take `feature`: the first `same` ones as they are,
+    /// and then one more, the last, which a server takes under this index too.
+    #[must_use]
+    pub fn fewer_queues_without(mut self, feature: u64, same: u16, server: usize) -> Self {
+        self.without = Some(Without { feature, same, server });
+        self
+    }
+
+    /// The server of a queue, under the features that the driver accepted.
+    fn server_of(&self, index: u16, features: u64) -> Option<usize> {
+        match &self.without {
+            Some(without) if features & without.feature == 0 && index >= without.same => {
+                (index == without.same).then_some(without.server)
+            }
+            _ => self.server_of.get(usize::from(index)).copied(),
+        }
     }
 }
 
@@ -98,14 +126,29 @@ impl VirtioDevice for Front {
     }
 
     fn start_queue(&mut self, index: u16, resources: QueueResources, state: Option<QueueState>) -> io::Result<()> {
-        self.server(index).ok_or(io::ErrorKind::InvalidInput)?.start(index, resources, state)
+        let server = self.server_of(index, resources.features).ok_or(io::ErrorKind::InvalidInput)?;
+        if self.running[usize::from(index)].is_some() {
+            return Err(io::ErrorKind::AlreadyExists.into());
+        }
+        self.servers[server].start(index, resources, state)?;
+        self.running[usize::from(index)] = Some(server);
+        Ok(())
     }
 
     fn stop_queue(&mut self, index: u16) -> Option<QueueState> {
-        self.server(index)?.stop(index)
+        let server = self.running.get_mut(usize::from(index))?.take()?;
+        self.servers[server].stop(index)
+    }
+
+    fn reset(&mut self) {
+        self.config.reset();
     }
 
     fn stop_queue_within(&mut self, index: u16, patience: Duration) -> Result<Option<QueueState>, StillBusy> {
-        self.server(index).map_or(Ok(None), |server| server.stop_within(index, patience))
+        let Some(running) = self.running.get_mut(usize::from(index)) else { return Ok(None) };
+        let Some(server) = *running else { return Ok(None) };
+        let state = self.servers[server].stop_within(index, patience)?;
+        *running = None;
+        Ok(state)
     }
 }

@@ -132,6 +132,8 @@ enum Command {
 /// The device's end of its thread. Dropping it ends the thread, after the request in hand.
 pub struct Worker {
     queues: Vec<(u16, u16)>,
+    /// See [`Self::spawn_with`].
+    other: Option<(u16, u16)>,
     commands: Sender<Command>,
     called: Arc<AtomicBool>,
     bell: EventFd,
@@ -143,6 +145,16 @@ pub struct Worker {
 impl Worker {
     /// Starts the thread, called `name`, for these queues: index and largest size of each.
     pub fn spawn(name: &str, engine: Box<dyn Engine>, queues: &[(u16, u16)]) -> io::Result<Self> {
+        Self::spawn_with(name, engine, queues, None)
+    }
+
+    /// As [`Self::spawn`], for a device one of whose queues may also be found at an index that is another server's.
+    pub fn spawn_with(
+        name: &str,
+        engine: Box<dyn Engine>,
+        queues: &[(u16, u16)],
+        other: Option<(u16, u16)>,
+    ) -> io::Result<Self> {
         let bell = EventFd::new(EFD_NONBLOCK | EFD_CLOEXEC)?;
         let epoll = Epoll::new()?;
         watch(&epoll, ControlOperation::Add, bell.as_raw_fd(), BELL, EventSet::IN)?;
@@ -154,11 +166,11 @@ impl Worker {
         }
         let called = Arc::new(AtomicBool::new(false));
         let (commands, inbox) = mpsc::channel();
-        let slots = queues.iter().map(|&(index, _)| Slot { index, running: None }).collect();
+        let slots = queues.iter().chain(&other).map(|&(index, _)| Slot { index, running: None }).collect();
         let service =
             Service { engine, epoll, slots, ready: 0, source, listening: false, called: called.clone(), inbox };
         let thread = std::thread::Builder::new().name(name.into()).stack_size(STACK).spawn(move || service.run())?;
-        Ok(Self { queues: queues.to_vec(), commands, called, bell, stopping: Vec::new(), thread: Some(thread) })
+        Ok(Self { queues: queues.to_vec(), other, commands, called, bell, stopping: Vec::new(), thread: Some(thread) })
     }
 
     /// Sends a command; the reply comes from the receiver.
@@ -189,7 +201,8 @@ impl QueueServer for Worker {
     }
 
     fn start(&mut self, index: u16, resources: QueueResources, state: Option<QueueState>) -> io::Result<()> {
-        let max_size = self.queues.iter().find(|queue| queue.0 == index).ok_or(io::ErrorKind::InvalidInput)?.1;
+        let mut queues = self.queues.iter().chain(&self.other);
+        let max_size = queues.find(|queue| queue.0 == index).ok_or(io::ErrorKind::InvalidInput)?.1;
         let queue = Virtqueue::new(index, max_size, &resources, state)
             .map_err(|error| io::Error::new(io::ErrorKind::InvalidInput, error))?;
         let running = Box::new(Running {

@@ -7,6 +7,7 @@ use super::error::MachineError;
 use crate::backend::HostFiles;
 use crate::backend::disk::Disk;
 use crate::backend::tap::Tap;
+use crate::backend::vhost::VhostNet;
 use crate::config::{DiskConfig, NetConfig, Transport, VmConfig};
 use crate::devices::block::{BlockOptions, Rings};
 use crate::devices::net::NetOptions;
@@ -92,7 +93,9 @@ fn open_block(index: usize, config: &DiskConfig, host: &dyn HostFiles) -> Result
 }
 
 fn open_net(index: usize, config: &NetConfig, host: &dyn HostFiles) -> Result<Front, MachineError> {
-    let tap = Tap::attach(host, &config.tap)?;
+    let taps = Tap::attach(host, &config.tap, config.queues)?;
+    let vhosts = if config.vhost { config.queues } else { 0 };
+    let vhosts = (0..vhosts).map(|_| VhostNet::open(host)).collect::<Result<_, _>>()?;
     let options = NetOptions { mac: config.mac, mtu: config.mtu };
-    net::device(format!("net{index}"), tap, options).map_err(MachineError::host("make a network card"))
+    net::device(format!("net{index}"), taps, vhosts, options).map_err(MachineError::host("make a network card"))
 }

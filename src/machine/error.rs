@@ -7,6 +7,7 @@ use thiserror::Error;
 
 use crate::backend::disk::DiskError;
 use crate::backend::tap::TapError;
+use crate::backend::vhost::VhostError;
 use crate::boot::BootError;
 use crate::config::ConfigError;
 use crate::cpu::CpuError;
@@ -27,6 +28,8 @@ pub enum MachineError {
     Disk(#[from] DiskError),
     #[error(transparent)]
     Tap(#[from] TapError),
+    #[error(transparent)]
+    Vhost(#[from] VhostError),
     #[error("cannot open the serial port's output {}", path.display())]
     Serial { path: PathBuf, source: io::Error },
     #[error(transparent)]

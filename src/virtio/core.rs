@@ -307,6 +307,7 @@ impl VirtioCore {
             queue.layout = QueueLayout { size: queue.max_size, ..Default::default() };
             queue.enabled = false;
         }
+        self.device.reset();
         (self.device_feature_select, self.driver_feature_select, self.queue_select) = (0, 0, 0);
         self.driver_features = 0;
         self.shared.status.store(0, Ordering::Release);

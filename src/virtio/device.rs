@@ -9,7 +9,8 @@
 //! ```
 //!
 //! Boot, pause, save, restore and reset are all these two calls: pausing is stopping every queue and keeping
-//! its state, resuming is starting it again from that state, a reset drops the state.
+//! its state, resuming is starting it again from that state, a reset drops the state (and what else the driver
+//! has told the device, if there is a way to).
 
 use std::io;
 use std::sync::Arc;
@@ -110,6 +111,8 @@ pub trait VirtioDevice: Send {
     fn stop_queue_within(&mut self, index: u16, _patience: Duration) -> Result<Option<QueueState>, StillBusy> {
         Ok(self.stop_queue(index))
     }
+    /// The driver resets the device: what it has been told besides its queues, all stopped now, is forgotten.
+    fn reset(&mut self) {}
 }
 
 /// Copies the part of `config` that an access of `data.len()` bytes at `offset` sees.

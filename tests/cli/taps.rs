@@ -64,6 +64,29 @@ fn a_tap_serves_one_vm() {
 }
 
 #[test]
+fn a_tap_of_one_queue() {
+    if !is_root("a tap of one queue") {
+        return;
+    }
+    let Some(tap) = Tap::new("trq") else { return };
+    let hint = format!("ip tuntap add dev {} mode tap multi_queue", tap.0);
+    expect_mistake(run().args(["--net", &format!("tap={},queues=2", tap.0)]), 41, &["made for one queue", &hint]);
+}
+
+#[test]
+fn no_vhost() {
+    if !is_root("vhost=on without vhost-net") {
+        return;
+    }
+    if std::path::Path::new("/dev/vhost-net").exists() {
+        return not_tested("vhost=on without vhost-net: this host has it");
+    }
+    let Some(tap) = Tap::new("trv") else { return };
+    let net = format!("tap={},vhost=on", tap.0);
+    expect_mistake(run().args(["--net", &net]), 42, &["cannot open /dev/vhost-net", "modprobe vhost_net"]);
+}
+
+#[test]
 fn a_tap_of_another_user() {
     if !is_root("a tap without permission") {
         return;

@@ -12,3 +12,4 @@ mod endings;
 mod guest;
 mod mmio;
 mod net;
+mod queues;

@@ -9,11 +9,15 @@ use crate::guest::{Guest, LIMIT, value};
 const BYTES: usize = 64 << 20;
 
 /// A tap with this side's address; gone with the test.
-struct Tap(&'static str);
+pub struct Tap(pub &'static str);
 
 impl Tap {
-    fn new(name: &'static str, address: &str) -> Self {
-        ip(&["tuntap", "add", name, "mode", "tap"]);
+    pub fn new(name: &'static str, address: &str) -> Self {
+        Self::made(name, address, &[])
+    }
+
+    pub fn made(name: &'static str, address: &str, how: &[&str]) -> Self {
+        ip(&[&["tuntap", "add", name, "mode", "tap"], how].concat());
         let tap = Self(name);
         ip(&["addr", "add", address, "dev", name]);
         ip(&["link", "set", name, "up"]);
@@ -32,10 +36,10 @@ fn ip(args: &[&str]) {
 }
 
 /// Bytes that no checksum takes for others: a xorshift sequence.
-fn pattern() -> Vec<u8> {
+pub fn pattern(len: usize) -> Vec<u8> {
     let mut x = 0x9e37_79b9_7f4a_7c15u64;
-    let mut bytes = Vec::with_capacity(BYTES);
-    while bytes.len() < BYTES {
+    let mut bytes = Vec::with_capacity(len);
+    while bytes.len() < len {
         x ^= x << 13;
         x ^= x >> 7;
         x ^= x << 17;
@@ -44,7 +48,7 @@ fn pattern() -> Vec<u8> {
     bytes
 }
 
-fn md5(bytes: &[u8]) -> String {
+pub fn md5(bytes: &[u8]) -> String {
     let mut child = Command::new("md5sum").stdin(Stdio::piped()).stdout(Stdio::piped()).spawn().unwrap();
     child.stdin.take().unwrap().write_all(bytes).unwrap();
     String::from_utf8(child.wait_with_output().unwrap().stdout).unwrap()[..32].to_owned()
@@ -84,7 +88,7 @@ fn a_transfer_to_the_guest_arrives_whole() {
     let tap = Tap::new("tranche-t1", "172.30.7.1/24");
     let listener = TcpListener::bind("172.30.7.1:0").unwrap();
     let port = listener.local_addr().unwrap().port();
-    let pattern = pattern();
+    let pattern = pattern(BYTES);
     let sum = md5(&pattern);
     let sender = std::thread::spawn(move || listener.accept()?.0.write_all(&pattern));
     let script = format!("nc 172.30.7.1 {port} < /dev/null | md5sum | sed 's/ .*//; s/^/got=/'");
@@ -98,7 +102,7 @@ fn a_transfer_from_the_guest_arrives_whole() {
     let tap = Tap::new("tranche-t2", "172.30.7.1/24");
     let listener = TcpListener::bind("172.30.7.1:0").unwrap();
     let port = listener.local_addr().unwrap().port();
-    let pattern = pattern();
+    let pattern = pattern(BYTES);
     let mut guest = guest_on(&tap);
     let source = guest.dir.path().join("source.img");
     std::fs::write(&source, &pattern).unwrap();

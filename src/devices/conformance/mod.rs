@@ -4,6 +4,7 @@ mod block;
 mod driver;
 mod hanging;
 mod net;
+mod pairs;
 mod random;
 mod specimens;
 

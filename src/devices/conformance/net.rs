@@ -173,24 +173,32 @@ fn the_guest_is_told_its_address_and_mtu() {
     }
 }
 
-/// In a network namespace of this thread's own, which takes root.
-#[test]
+/// Gives this thread a network of its own, which takes root; `false` if it cannot.
 #[expect(unsafe_code, reason = "unshare has no safe wrapper")]
+pub fn own_network(what: &str) -> bool {
+    // SAFETY: the flag concerns nothing but this thread's view of the network.
+    let done = unsafe { libc::unshare(libc::CLONE_NEWNET) } == 0;
+    if !done {
+        eprintln!("*** NOT TESTED: {what}; run the tests as root");
+    }
+    done
+}
+
+pub fn ip(arguments: &str) {
+    let done = std::process::Command::new("ip").args(arguments.split(' ')).status().unwrap();
+    assert!(done.success(), "ip {arguments}");
+}
+
+#[test]
 fn a_real_tap_carries_packets_both_ways() {
     use crate::backend::{OpenDirectly, Tap, TapError};
     use crate::devices::net::{self as nic, NetOptions};
     const ARP: [u8; 2] = [8, 6];
 
-    // SAFETY: the flag concerns nothing but this thread's view of the network.
-    if unsafe { libc::unshare(libc::CLONE_NEWNET) } != 0 {
-        eprintln!("*** NOT TESTED: a real tap; run the tests as root");
+    if !own_network("a real tap") {
         return;
     }
-    let ip = |arguments: &str| {
-        let done = std::process::Command::new("ip").args(arguments.split(' ')).status().unwrap();
-        assert!(done.success(), "ip {arguments}");
-    };
-    let attach = |name| Tap::attach(&OpenDirectly, name);
+    let attach = |name| Tap::attach(&OpenDirectly, name, 1).map(|mut taps| taps.remove(0));
     assert!(matches!(attach("lo"), Err(TapError::NotATap(_))));
     assert!(matches!(attach("tap0"), Err(TapError::NoSuchTap(_))));
     ip("tuntap add dev tun0 mode tun");
@@ -202,9 +210,9 @@ fn a_real_tap_carries_packets_both_ways() {
     ip("addr add 10.0.0.1/24 dev tap0");
     let tap = attach("tap0").unwrap();
     assert!(matches!(attach("tap0"), Err(TapError::Busy(_))));
-    assert_eq!((tap.mtu(), tap.can_offload()), (1400, true));
+    assert_eq!((tap.mtu(), tap.offloads().tso6), (1400, true));
 
-    let mut device = nic::device("net0".into(), tap, NetOptions::default()).unwrap();
+    let mut device = nic::device("net0".into(), vec![tap], Vec::new(), NetOptions::default()).unwrap();
     let mut mac = [0; 6];
     device.read_config(0, &mut mac);
     let ram = memory();

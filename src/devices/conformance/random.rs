@@ -9,9 +9,9 @@ use crate::devices::worker::{Served, Turn};
 use crate::memory::anonymous;
 use crate::virtio::{Chain, Virtqueue, feature};
 
-/// Rings, and buffers behind them.
-const MEMORY: u64 = 0x4_0000;
-const BUFFERS: u64 = 0x2_0000;
+/// Rings 0 to 2, and buffers behind them.
+const MEMORY: u64 = 0x5_0000;
+const BUFFERS: u64 = 0x3_0000;
 const SIZE: u16 = 16;
 
 #[derive(Debug, Clone, Copy)]

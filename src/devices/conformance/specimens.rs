@@ -12,8 +12,7 @@ use super::driver::{Buffer, readable, writable};
 use crate::backend::{Disk, OpenDirectly, Tap};
 use crate::config::{CacheMode, IoEngine};
 use crate::devices::block::{BlockOptions, Rings, SyncEngine};
-use crate::devices::net::NetEngine;
-use crate::devices::net::NetOptions;
+use crate::devices::net::{Card, NetOptions, PairEngine};
 use crate::devices::rng::RngEngine;
 use crate::devices::worker::Engine;
 use crate::devices::{Front, block, net, rng};
@@ -42,8 +41,12 @@ pub trait Specimen {
 }
 
 pub fn specimens() -> Vec<Box<dyn Specimen>> {
-    let others: [Box<dyn Specimen>; 3] =
-        [Box::new(Receive(Packets::new())), Box::new(Send(Packets::new())), Box::new(Entropy)];
+    let others: [Box<dyn Specimen>; 4] = [
+        Box::new(Receive(Packets::new())),
+        Box::new(Send(Packets::new())),
+        Box::new(Commands(Packets::new())),
+        Box::new(Entropy),
+    ];
     BlockEngine::all().into_iter().map(|engine| Box::new(DiskRequests::new(engine)) as _).chain(others).collect()
 }
 
@@ -205,11 +208,13 @@ impl Packets {
     }
 
     pub fn device(&self) -> Box<dyn VirtioDevice> {
-        Box::new(net::device(self.name.into(), self.tap(), NetOptions::default()).unwrap())
+        Box::new(net::device(self.name.into(), vec![self.tap()], Vec::new(), NetOptions::default()).unwrap())
     }
 
     pub fn engine(&self) -> Box<dyn Engine> {
-        Box::new(NetEngine::new(self.name.into(), self.tap(), self.mtu))
+        let tap = std::sync::Arc::new(self.tap());
+        let card = Card::new([2, 0, 0, 0, 0, 1], self.mtu, vec![tap.clone()]);
+        Box::new(PairEngine::new(self.name.into(), 0, tap, card.into()))
     }
 
     /// A header of 12 bytes and a frame of `len`.
@@ -295,6 +300,38 @@ impl Specimen for Send {
     fn check(&mut self, _ram: &Ram, n: u32, _at: u64, written: u32) {
         assert_eq!(written, 0);
         assert_eq!(self.0.take().as_deref(), Some(&*Packets::packet(n, 60 + n as usize % 1400)), "packet {n}");
+    }
+}
+
+/// Commands that no card takes: to be many stations, and something unheard of.
+pub struct Commands(Packets);
+
+impl Specimen for Commands {
+    fn name(&self) -> &'static str {
+        "net, control"
+    }
+
+    fn device(&self) -> Box<dyn VirtioDevice> {
+        self.0.device()
+    }
+
+    fn engine(&self) -> Box<dyn Engine> {
+        self.0.engine()
+    }
+
+    fn queue(&self) -> u16 {
+        2
+    }
+
+    fn prepare(&mut self, ram: &Ram, n: u32, at: u64) -> Vec<Buffer> {
+        let command = if n.is_multiple_of(2) { [1, 1, 3, 0, 0, 0, 0, 1] } else { [200, 0, n as u8, 0, 0, 0, 0, 0] };
+        ram.write_slice(&command, GuestAddress(at)).unwrap();
+        ram.write_obj(0xeeeeu16, GuestAddress(at + 0x800)).unwrap();
+        vec![readable(at, 2), readable(at + 2, 6), writable(at + 0x800, 1)]
+    }
+
+    fn check(&mut self, ram: &Ram, n: u32, at: u64, written: u32) {
+        assert_eq!((written, ram.read_obj::<u16>(GuestAddress(at + 0x800)).unwrap()), (1, 0xee01), "command {n}");
     }
 }
 

@@ -1,27 +1,21 @@
-//! virtio-net over a tap (virtio 1.2, section 5.1): one queue each way, frames moved between guest memory and
-//! the tap without a copy of ours.
+//! A pair of queues, one each way: frames move between guest memory and the tap without a copy of ours.
 
 use std::collections::VecDeque;
 use std::io;
 use std::os::fd::{AsFd, AsRawFd};
+use std::sync::Arc;
 
-use rustix::rand::{GetRandomFlags, getrandom};
 use virtio_bindings::virtio_net as net;
-use zerocopy::{Immutable, IntoBytes, little_endian as le};
 
-use super::front::Front;
-use super::worker::{Engine, Served, Source, Turn, Worker, serve_each};
+use super::card::{Card, offloads};
+use super::control::ControlEngine;
+use super::{QUEUE_SIZE, rx_of, tx_of};
+use crate::backend::Tap;
 use crate::backend::tap::HEADER_BYTES;
-use crate::backend::{Offloads, Tap};
-use crate::config::MacAddress;
+use crate::devices::worker::{Engine, Served, Source, Turn, serve_each};
 use crate::memory::{IoBuf, Ram};
 use crate::observe::guest_warning;
-use crate::virtio::{Chain, DeviceKind, RingError, Virtqueue, feature};
-
-/// The queue that receives, and the one that sends.
-const RX: u16 = 0;
-const TX: u16 = 1;
-const QUEUE_SIZE: u16 = 256;
+use crate::virtio::{Chain, RingError, Virtqueue};
 
 /// Where the header counts the buffers that a received packet takes (`num_buffers`).
 const NUM_BUFFERS_AT: usize = 10;
@@ -35,70 +29,6 @@ const MIN_PACKET: usize = ETHERNET_HEADER + HEADER_BYTES;
 
 /// Most host vectors that receive buffers may take: a chain more and `readv` would not see them all.
 const MAX_VECTORS: usize = libc::UIO_MAXIOV as usize - 2 * QUEUE_SIZE as usize;
-
-/// The smallest MTU that may be announced (section 5.1.4.1).
-const MIN_MTU: u16 = 68;
-
-/// `struct virtio_net_config`, to the end of what we offer.
-#[derive(IntoBytes, Immutable)]
-#[repr(C)]
-struct Config {
-    mac: [u8; 6],
-    status: le::U16,
-    max_virtqueue_pairs: le::U16,
-    mtu: le::U16,
-}
-
-#[derive(Debug, Clone, Copy, Default)]
-pub struct NetOptions {
-    /// A random one, locally administered, when absent.
-    pub mac: Option<MacAddress>,
-    /// In bytes, without the Ethernet header; the tap's when absent.
-    pub mtu: Option<u16>,
-}
-
-pub fn device(name: String, tap: Tap, options: NetOptions) -> io::Result<Front> {
-    let mac = match options.mac {
-        Some(mac) => mac.0,
-        None => random_mac()?,
-    };
-    let mtu = options.mtu.unwrap_or(tap.mtu());
-    // A tap takes any packet with a header, whatever the host then has to do to it.
-    let mut features = feature::RING
-        | 1 << net::VIRTIO_NET_F_MAC
-        | 1 << net::VIRTIO_NET_F_STATUS
-        | 1 << net::VIRTIO_NET_F_MRG_RXBUF
-        | 1 << net::VIRTIO_NET_F_CSUM
-        | 1 << net::VIRTIO_NET_F_HOST_TSO4
-        | 1 << net::VIRTIO_NET_F_HOST_TSO6
-        | 1 << net::VIRTIO_NET_F_HOST_ECN;
-    if tap.can_offload() {
-        features |= 1 << net::VIRTIO_NET_F_GUEST_CSUM
-            | 1 << net::VIRTIO_NET_F_GUEST_TSO4
-            | 1 << net::VIRTIO_NET_F_GUEST_TSO6
-            | 1 << net::VIRTIO_NET_F_GUEST_ECN;
-    }
-    if mtu >= MIN_MTU {
-        features |= 1 << net::VIRTIO_NET_F_MTU;
-    }
-    let config = Config {
-        mac,
-        status: (net::VIRTIO_NET_S_LINK_UP as u16).into(),
-        max_virtqueue_pairs: 1.into(),
-        mtu: mtu.into(),
-    };
-    let engine = NetEngine::new(name.clone(), tap, mtu);
-    let worker = Worker::spawn(&name, Box::new(engine), &[(RX, QUEUE_SIZE), (TX, QUEUE_SIZE)])?;
-    Ok(Front::new(DeviceKind::Net, name, features, config.as_bytes().to_vec(), vec![Box::new(worker)]))
-}
-
-fn random_mac() -> io::Result<[u8; 6]> {
-    let mut mac = [0; 6];
-    getrandom(&mut mac, GetRandomFlags::empty())?;
-    // Locally administered, and one station's own.
-    mac[0] = mac[0] & 0xfc | 0x02;
-    Ok(mac)
-}
 
 /// Receive buffers taken from the ring before it is known how many of them the next packet needs.
 struct Held {
@@ -154,18 +84,26 @@ impl Held {
     }
 }
 
-pub(super) struct NetEngine {
+/// Serves one pair; the first one serves the control queue as well, whose commands are too rare for a thread.
+pub struct PairEngine {
     name: String,
-    tap: Tap,
-    mtu: u16,
+    pair: u16,
+    tap: Arc<Tap>,
+    card: Arc<Card>,
+    control: Option<ControlEngine>,
     held: Option<Held>,
     /// Packets that could not be passed on, in either direction.
     dropped: u64,
 }
 
-impl NetEngine {
-    pub(super) fn new(name: String, tap: Tap, mtu: u16) -> Self {
-        Self { name, tap, mtu, held: None, dropped: 0 }
+impl PairEngine {
+    pub fn new(name: String, pair: u16, tap: Arc<Tap>, card: Arc<Card>) -> Self {
+        let control = (pair == 0).then(|| ControlEngine::new(name.clone(), card.clone()));
+        Self { name, pair, tap, card, control, held: None, dropped: 0 }
+    }
+
+    fn receives(&self, index: u16) -> bool {
+        index == rx_of(self.pair)
     }
 
     fn receive(&mut self, queue: &mut Virtqueue, chain: &mut Chain, turn: &mut Turn<'_>) -> Result<Served, RingError> {
@@ -174,7 +112,7 @@ impl NetEngine {
             if !held.gather(queue, chain)? {
                 return Ok(Served::NoBuffers);
             }
-            match held.buffers.read_packet(&self.tap) {
+            match held.buffers.read_packet(&*self.tap) {
                 Ok(0) => return Ok(Served::NoWork),
                 Ok(len) if (MIN_PACKET..=held.buffers.len()).contains(&len) => held.deliver(queue, len)?,
                 Ok(len) => {
@@ -194,7 +132,7 @@ impl NetEngine {
     /// Writes one packet to the tap. What the tap refuses is lost, as on any network.
     fn send(&mut self, packet: &IoBuf) {
         let sent = if (MIN_PACKET..=MAX_PACKET).contains(&packet.len()) {
-            packet.write_to(&self.tap)
+            packet.write_to(&*self.tap)
         } else {
             Err(io::ErrorKind::InvalidData.into())
         };
@@ -212,32 +150,36 @@ impl NetEngine {
     }
 }
 
-impl Engine for NetEngine {
+impl Engine for PairEngine {
     fn start(&mut self, index: u16, features: u64, ram: &Ram) -> io::Result<()> {
-        if index != RX {
-            return Ok(());
+        if !self.receives(index) {
+            return match &mut self.control {
+                Some(control) if index != tx_of(self.pair) => control.start(index, features, ram),
+                _ => Ok(()),
+            };
         }
-        let has = |bit: u32| features & 1 << bit != 0;
-        let offloads = Offloads {
-            checksum: has(net::VIRTIO_NET_F_GUEST_CSUM),
-            tso4: has(net::VIRTIO_NET_F_GUEST_TSO4),
-            tso6: has(net::VIRTIO_NET_F_GUEST_TSO6),
-            ecn: has(net::VIRTIO_NET_F_GUEST_ECN),
-        };
-        self.tap.set_offloads(offloads)?;
-        let longest_frame = ETHERNET_HEADER + VLAN_TAG + usize::from(self.mtu.max(self.tap.mtu()));
+        if self.pair == 0 {
+            self.card.apply_offloads(features)?;
+        }
+        let longest_frame = ETHERNET_HEADER + VLAN_TAG + usize::from(self.card.mtu().max(self.tap.mtu()));
+        // Whatever is chosen later is among these.
+        let offloads = offloads(features);
+        let segments = offloads.tso4 || offloads.tso6 || offloads.uso;
         self.held = Some(Held {
             buffers: IoBuf::new(ram.clone()),
             chains: VecDeque::with_capacity(QUEUE_SIZE.into()),
-            mergeable: has(net::VIRTIO_NET_F_MRG_RXBUF),
-            max_packet: if offloads.tso4 || offloads.tso6 { MAX_PACKET } else { HEADER_BYTES + longest_frame },
+            mergeable: features & 1 << net::VIRTIO_NET_F_MRG_RXBUF != 0,
+            max_packet: if segments { MAX_PACKET } else { HEADER_BYTES + longest_frame },
         });
         Ok(())
     }
 
     fn serve(&mut self, queue: &mut Virtqueue, chain: &mut Chain, turn: &mut Turn<'_>) -> Result<Served, RingError> {
-        match queue.index() {
-            RX => self.receive(queue, chain, turn),
+        if self.receives(queue.index()) {
+            return self.receive(queue, chain, turn);
+        }
+        match &mut self.control {
+            Some(control) if queue.index() != tx_of(self.pair) => control.serve(queue, chain, turn),
             _ => serve_each(queue, chain, turn, |chain, _| {
                 self.send(&chain.readable);
                 0
@@ -246,7 +188,7 @@ impl Engine for NetEngine {
     }
 
     fn stop(&mut self, queue: &mut Virtqueue) {
-        if queue.index() == RX
+        if self.receives(queue.index())
             && let Some(held) = self.held.take()
         {
             for _ in held.chains {
@@ -256,6 +198,6 @@ impl Engine for NetEngine {
     }
 
     fn source(&self) -> Option<Source> {
-        Some(Source { queue: RX, fd: self.tap.as_fd().as_raw_fd(), always: false })
+        Some(Source { queue: rx_of(self.pair), fd: self.tap.as_fd().as_raw_fd(), always: false })
     }
 }

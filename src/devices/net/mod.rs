@@ -1,0 +1,160 @@
+//! virtio-net over a tap (virtio 1.2, section 5.1).
+//!
+//! ```text
+//!   queues 0, 1 ──── first pair ────┐             each pair: a thread of ours, or vhost
+//!   queues 2, 3 ──── second pair ───┼── tap
+//!   ...                             │
+//!   the last one ─── control ───────┘  card: MAC address, offloads, how many pairs are in use
+//! ```
+//! The host spreads flows over the pairs in use: the first one, until the driver asks for more.
+
+mod card;
+mod control;
+mod pair;
+mod relay;
+mod vhost;
+
+use std::io;
+use std::sync::Arc;
+
+use rustix::rand::{GetRandomFlags, getrandom};
+use virtio_bindings::virtio_net as net;
+
+pub(super) use self::card::Card;
+use self::card::offered;
+use self::control::ControlEngine;
+pub(super) use self::pair::PairEngine;
+use self::relay::Relay;
+use self::vhost::VhostPair;
+use super::front::{Front, QueueServer};
+use super::worker::Worker;
+use crate::backend::{Offloads, Tap, VhostNet};
+use crate::config::MacAddress;
+use crate::virtio::{DeviceKind, feature};
+
+const QUEUE_SIZE: u16 = 256;
+const CONTROL_SIZE: u16 = 64;
+
+/// The smallest MTU that may be announced (section 5.1.4.1).
+const MIN_MTU: u16 = 68;
+
+const MQ: u64 = 1 << net::VIRTIO_NET_F_MQ;
+
+/// The queues of a pair: the one that receives, and the one that sends (section 5.1.2).
+const fn rx_of(pair: u16) -> u16 {
+    2 * pair
+}
+const fn tx_of(pair: u16) -> u16 {
+    2 * pair + 1
+}
+
+/// Where the control queue is for a driver that does not know of several pairs: right after the first (section 5.1.2).
+const CONTROL_WITHOUT_MQ: u16 = rx_of(1);
+
+#[derive(Debug, Clone, Copy, Default)]
+pub struct NetOptions {
+    /// A random one, locally administered, when absent.
+    pub mac: Option<MacAddress>,
+    /// In bytes, without the Ethernet header; the tap's when absent.
+    pub mtu: Option<u16>,
+}
+
+/// A card on the queues of a tap, a pair on each; with as many `vhost`s, the host's kernel serves them.
+///
+/// # Panics
+/// Without a tap queue.
+pub fn device(name: String, taps: Vec<Tap>, vhosts: Vec<VhostNet>, options: NetOptions) -> io::Result<Front> {
+    let mac = match options.mac {
+        Some(mac) => mac.0,
+        None => random_mac()?,
+    };
+    let mtu = options.mtu.unwrap_or(taps[0].mtu());
+    let features = features(&taps, &vhosts, mtu);
+    let taps: Vec<_> = taps.into_iter().map(Arc::new).collect();
+    let card = Arc::new(Card::new(mac, mtu, taps.clone()));
+    let servers = if vhosts.is_empty() {
+        serve_with_threads(&name, &taps, &card)?
+    } else {
+        serve_with_vhost(&name, &taps, vhosts, &card)?
+    };
+    // Not sooner: a thread begins to listen to its tap queue while that is in use.
+    card.set_active_pairs(1)?;
+    let front = Front::new(DeviceKind::Net, name, features, card, servers);
+    Ok(if taps.len() > 1 { front.fewer_queues_without(MQ, CONTROL_WITHOUT_MQ, 0) } else { front })
+}
+
+fn features(taps: &[Tap], vhosts: &[VhostNet], mtu: u16) -> u64 {
+    // What the rings themselves are like, which vhost has to know too.
+    let ring = feature::RING | 1 << net::VIRTIO_NET_F_MRG_RXBUF;
+    let ring = vhosts.iter().fold(ring, |ring, vhost| ring & vhost.features());
+    // A tap takes any packet with a header, whatever the host then has to do to it.
+    let mut features = ring
+        | 1 << net::VIRTIO_NET_F_MAC
+        | 1 << net::VIRTIO_NET_F_STATUS
+        | 1 << net::VIRTIO_NET_F_CSUM
+        | 1 << net::VIRTIO_NET_F_HOST_TSO4
+        | 1 << net::VIRTIO_NET_F_HOST_TSO6
+        | 1 << net::VIRTIO_NET_F_HOST_ECN
+        | 1 << net::VIRTIO_NET_F_CTRL_VQ
+        | 1 << net::VIRTIO_NET_F_CTRL_MAC_ADDR;
+    let offloads = taps[0].offloads();
+    features |= offered(offloads);
+    if offloads != Offloads::NONE {
+        features |= 1 << net::VIRTIO_NET_F_CTRL_GUEST_OFFLOADS;
+    }
+    if offloads.uso {
+        // The same kernels can do it the other way round.
+        features |= 1 << net::VIRTIO_NET_F_HOST_USO;
+    }
+    if mtu >= MIN_MTU {
+        features |= 1 << net::VIRTIO_NET_F_MTU;
+    }
+    if taps.len() > 1 {
+        features |= MQ;
+    }
+    features
+}
+
+/// The control queue's places besides the first pair's: the last, and that of a driver that knows one pair only.
+fn control_queues(pairs: u16) -> ((u16, u16), Option<(u16, u16)>) {
+    let other = (pairs > 1).then_some((CONTROL_WITHOUT_MQ, QUEUE_SIZE));
+    ((rx_of(pairs), CONTROL_SIZE), other)
+}
+
+fn serve_with_threads(name: &str, taps: &[Arc<Tap>], card: &Arc<Card>) -> io::Result<Vec<Box<dyn QueueServer>>> {
+    let (control, other) = control_queues(card.pairs());
+    let serve = |(pair, tap): (u16, &Arc<Tap>)| -> io::Result<Box<dyn QueueServer>> {
+        let engine = Box::new(PairEngine::new(name.to_owned(), pair, tap.clone(), card.clone()));
+        let (rx, tx) = ((rx_of(pair), QUEUE_SIZE), (tx_of(pair), QUEUE_SIZE));
+        Ok(Box::new(match pair {
+            0 => Worker::spawn_with(name, engine, &[rx, tx, control], other)?,
+            _ => Worker::spawn(&format!("{name}.{pair}"), engine, &[rx, tx])?,
+        }))
+    };
+    (0..).zip(taps).map(serve).collect()
+}
+
+fn serve_with_vhost(
+    name: &str,
+    taps: &[Arc<Tap>],
+    vhosts: Vec<VhostNet>,
+    card: &Arc<Card>,
+) -> io::Result<Vec<Box<dyn QueueServer>>> {
+    let (control, other) = control_queues(card.pairs());
+    let engine = ControlEngine::new(name.to_owned(), card.clone());
+    let relay = Arc::new(Relay::spawn(&format!("{name}.vhost"), rx_of(card.pairs()))?);
+    let control = Worker::spawn_with(name, Box::new(engine), &[control], other)?;
+    let mut servers: Vec<Box<dyn QueueServer>> = vec![Box::new(control)];
+    for ((pair, tap), vhost) in (0..).zip(taps).zip(vhosts) {
+        servers.push(Box::new(VhostPair::new(pair, vhost, tap.clone(), card.clone(), relay.clone())));
+    }
+    Ok(servers)
+}
+
+fn random_mac() -> io::Result<[u8; 6]> {
+    let mut mac = [0; 6];
+    getrandom(&mut mac, GetRandomFlags::empty())?;
+    // Locally administered, and one station's own.
+    mac[0] = mac[0] & 0xfc | 0x02;
+    Ok(mac)
+}
