@@ -35,6 +35,9 @@ pub enum Exit {
     DiskUnreadable = 30,
     DiskLocked = 31,
     DiskUnusable = 32,
+    DiskImage = 33,
+    DiskBacking = 34,
+    DiskUnwritable = 35,
     NoSuchTap = 40,
     TapUnusable = 41,
     NoVhost = 42,
@@ -50,7 +53,7 @@ pub enum Exit {
 pub const HELP: &str = "\
 Exit status: 0 the guest powered off, 3 it reset, 4 its kernel panicked, 5 it was stopped from outside,
 6 a vCPU could not go on; 1 an internal error, 2 wrong usage, 10 to 12 KVM, 20 to 26 kernel, initrd and
-command line, 30 to 32 disks, 40 to 42 taps and vhost, 50 the serial port, 60 to 65 imported kernels.
+command line, 30 to 35 disks, 40 to 42 taps and vhost, 50 the serial port, 60 to 65 imported kernels.
 See docs/exit-codes.md.";
 
 impl From<&End> for Exit {
@@ -91,14 +94,7 @@ fn judge(error: &MachineError) -> (Exit, Option<String>) {
             KvmError::Open(_) | KvmError::Call { .. } => (Exit::Internal, None),
         },
         MachineError::Boot(error) => judge_boot(error),
-        MachineError::Disk(error) => {
-            let exit = match error {
-                DiskError::Open { .. } => Exit::DiskUnreadable,
-                DiskError::Locked { .. } => Exit::DiskLocked,
-                _ => Exit::DiskUnusable,
-            };
-            (exit, error.hint())
-        }
+        MachineError::Disk(error) => (judge_disk(error), error.hint()),
         MachineError::Tap(error) => {
             let exit = if matches!(error, TapError::NoSuchTap(_)) { Exit::NoSuchTap } else { Exit::TapUnusable };
             (exit, error.hint())
@@ -115,6 +111,18 @@ fn judge(error: &MachineError) -> (Exit, Option<String>) {
             (Exit::Internal, hint("look at the limits of open files and threads ('ulimit -a')"))
         }
         MachineError::Cpu(_) | MachineError::Acpi(_) => (Exit::Internal, None),
+    }
+}
+
+pub fn judge_disk(error: &DiskError) -> Exit {
+    match error {
+        DiskError::Open { .. } => Exit::DiskUnreadable,
+        DiskError::Locked { .. } => Exit::DiskLocked,
+        DiskError::Image { .. } | DiskError::LooksLikeQcow2 { .. } => Exit::DiskImage,
+        DiskError::BackingNotNamed { .. } | DiskError::NoBacking { .. } | DiskError::BackingFormat { .. } => {
+            Exit::DiskBacking
+        }
+        _ => Exit::DiskUnusable,
     }
 }
 
@@ -149,19 +157,17 @@ fn judge_boot(error: &BootError) -> (Exit, Option<String>) {
 /// Prints why a machine could not be built, and tells the exit code.
 pub fn report(error: &MachineError) -> Exit {
     let (exit, hint) = judge(error);
-    explain(error, hint);
-    exit
+    report_with(error, exit, hint)
 }
 
 /// Prints what is wrong with imported kernels, and tells the exit code.
 pub fn report_kernels(error: &KernelsError) -> Exit {
     let (exit, hint) = super::kernel::judge(error);
-    explain(error, hint);
-    exit
+    report_with(error, exit, hint)
 }
 
-/// Prints an error in three lines at most.
-fn explain(error: &dyn Error, hint: Option<String>) {
+/// Prints an error that has been judged in three lines at most, and tells the exit code.
+pub fn report_with(error: &dyn Error, exit: Exit, hint: Option<String>) -> Exit {
     let mut text = format!("tranche: error: {error}\n");
     let causes: Vec<String> = std::iter::successors(error.source(), |&e| e.source()).map(ToString::to_string).collect();
     // Names from files get in here, and must not write elsewhere on the terminal.
@@ -172,6 +178,7 @@ fn explain(error: &dyn Error, hint: Option<String>) {
         let _ = writeln!(text, "  hint: {hint}");
     }
     say(&text.replace(|c: char| c.is_control() && c != '\n', "?"));
+    exit
 }
 
 /// Writes to standard output, as far as somebody listens.

@@ -1,6 +1,7 @@
 //! The command line: one file per verb; parse, call, render. No VM logic.
 
 mod console;
+mod disk;
 mod escape;
 mod exit;
 mod kernel;
@@ -29,6 +30,8 @@ enum Verb {
     Run(run::RunArgs),
     #[command(subcommand)]
     Kernel(kernel::KernelVerb),
+    /// Make disks, look at them, resize, mend and copy them
+    Disk(disk::DiskArgs),
 }
 
 /// The command line's definition, from which man pages and completions are generated.
@@ -44,6 +47,7 @@ pub fn main(start: Instant) -> ExitCode {
     match Cli::parse().verb {
         Verb::Run(args) => run::run(args, start),
         Verb::Kernel(verb) => kernel::run(verb),
+        Verb::Disk(args) => disk::run(args),
     }
 }
 

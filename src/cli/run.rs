@@ -41,12 +41,13 @@ pub struct RunArgs {
     #[arg(long, value_name = "TEXT", allow_hyphen_values = true)]
     cmdline: Option<String>,
 
-    /// Root disk: a raw image or a block device, the guest's /dev/vda. A comma in a path is written twice
-    #[arg(long, value_name = "PATH[,ro][,id=NAME][,cache=writeback|unsafe][,queues=N][,engine=ENGINE]", value_parser = DiskConfig::from_arg)]
+    /// Root disk, the guest's /dev/vda: a raw image, a block device or, with format=qcow2, a qcow2 image. A comma in a path is written twice
+    #[arg(long, value_name = "PATH[,OPTION]...", value_parser = DiskConfig::from_arg)]
     rootfs: Option<DiskConfig>,
 
-    /// Another disk; may be repeated
-    #[arg(long, value_name = "PATH[,ro][,id=NAME][,cache=writeback|unsafe][,queues=N][,engine=ENGINE]", value_parser = DiskConfig::from_arg)]
+    /// Another disk; may be repeated. Options: ro, id=NAME, cache=writeback|unsafe, queues=N, engine=sync|io_uring|auto,
+    /// format=raw|qcow2[,backing=PATH[,backing-format=raw|qcow2]]...
+    #[arg(long, value_name = "PATH[,OPTION]...", value_parser = DiskConfig::from_arg)]
     disk: Vec<DiskConfig>,
 
     /// Number of vCPUs, 1 to 64
@@ -180,7 +181,9 @@ fn run_to_end(config: &VmConfig, host: &dyn HostFiles, timeline: &Arc<Timeline>)
     let mut machine = std::mem::ManuallyDrop::new(machine);
     machine.start()?;
     release_startup_code();
-    serve(&mut machine, &mut console, &mut signals).map_err(resources("wait for events"))
+    let end = serve(&mut machine, &mut console, &mut signals).map_err(resources("wait for events"));
+    machine.close_disks();
+    end
 }
 
 const MACHINE: u64 = 0;

@@ -44,6 +44,10 @@ pub enum ConfigError {
     NoTap,
     #[error("disk id '{0}' is not 1 to 20 characters of a-z, A-Z, 0-9, '_', '-' and '.'")]
     DiskId(String),
+    #[error("backing-format belongs behind the backing=PATH it is about")]
+    BackingFormat,
+    #[error("only a qcow2 disk has a backing file: say format=qcow2")]
+    BackingOfRaw,
     #[error("two disks have the id '{0}'")]
     RepeatedDiskId(String),
     #[error("two network cards have the MAC address {0}")]
@@ -96,6 +100,31 @@ pub struct DiskConfig {
     /// Request queues, each served by a thread of its own.
     pub queues: u16,
     pub root: bool,
+    pub image: Image,
+}
+
+/// What is in a disk's file, and what is behind it.
+#[derive(Debug, Clone, PartialEq, Eq, Default)]
+pub struct Image {
+    /// Raw when absent; then it must not look like something else.
+    pub format: Option<DiskFormat>,
+    /// The files behind a qcow2 image, the next one first.
+    pub backing: Vec<Backing>,
+}
+
+/// How a disk's bytes lie in its file.
+#[derive(Debug, Clone, Copy, PartialEq, Eq)]
+pub enum DiskFormat {
+    Raw,
+    Qcow2,
+}
+
+/// A file behind a qcow2 image: what is not in the image is read from there.
+#[derive(Debug, Clone, PartialEq, Eq)]
+pub struct Backing {
+    pub path: PathBuf,
+    /// Raw when absent; then it must not look like something else, nor the image above say so.
+    pub format: Option<DiskFormat>,
 }
 
 /// What a guest's flush means.

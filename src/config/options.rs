@@ -6,15 +6,18 @@ use std::path::PathBuf;
 use std::str::FromStr;
 
 use super::{
-    CacheMode, ConfigError, DiskConfig, IoEngine, MAX_DISK_QUEUES, MAX_NET_QUEUES, NetConfig, SerialConfig, Transport,
+    Backing, CacheMode, ConfigError, DiskConfig, DiskFormat, Image, IoEngine, MAX_DISK_QUEUES, MAX_NET_QUEUES,
+    NetConfig, SerialConfig, Transport,
 };
 
-/// The parts of an option text, each at most once.
+/// The parts of an option text, each at most once but for a disk's backing files.
 struct Parts {
     /// Text before the first comma, and the `key[=value]` parts after it.
     first: String,
     rest: Vec<(String, Option<String>)>,
 }
+
+const REPEATED: [&str; 2] = ["backing", "backing-format"];
 
 impl Parts {
     fn split(text: &str) -> Result<Self, ConfigError> {
@@ -35,7 +38,7 @@ impl Parts {
                 Some((key, value)) => (key.to_owned(), Some(value.to_owned())),
                 None => (part, None),
             };
-            if rest.iter().any(|(k, _)| *k == key) {
+            if !REPEATED.contains(&&*key) && rest.iter().any(|(k, _)| *k == key) {
                 return Err(ConfigError::RepeatedOption(key));
             }
             rest.push((key, value));
@@ -53,8 +56,11 @@ fn flag(key: &'static str, value: Option<&str>) -> Result<bool, ConfigError> {
     }
 }
 
+const DISK_OPTIONS: &str = "format, backing, backing-format, ro, id, cache, queues and engine";
+
 impl DiskConfig {
-    /// `PATH[,ro][,id=NAME][,cache=writeback|unsafe][,queues=N][,engine=sync|io_uring|auto]`
+    /// `PATH[,format=raw|qcow2[,backing=PATH[,backing-format=raw|qcow2]]...][,ro][,id=NAME][,cache=writeback|unsafe]
+    /// [,queues=N][,engine=sync|io_uring|auto]`
     ///
     /// # Errors
     /// What is wrong with the text.
@@ -71,6 +77,7 @@ impl DiskConfig {
             engine: IoEngine::default(),
             queues: 1,
             root: false,
+            image: Image::default(),
         };
         for (key, value) in rest {
             match (key.as_str(), value) {
@@ -88,8 +95,12 @@ impl DiskConfig {
                 }
                 ("engine", value) => disk.engine = value.unwrap_or_default().parse()?,
                 ("queues", value) => disk.queues = disk_queues(value.unwrap_or_default())?,
-                _ => return Err(ConfigError::UnknownOption { key, known: "ro, id, cache, queues and engine" }),
+                (key, value) if disk.image.set(key, value.as_deref())? => {}
+                _ => return Err(ConfigError::UnknownOption { key, known: DISK_OPTIONS }),
             }
+        }
+        if !disk.image.backing.is_empty() && disk.image.format != Some(DiskFormat::Qcow2) {
+            return Err(ConfigError::BackingOfRaw);
         }
         Ok(disk)
     }
@@ -109,6 +120,56 @@ fn disk_id(id: String) -> Result<String, ConfigError> {
         Ok(id)
     } else {
         Err(ConfigError::DiskId(id))
+    }
+}
+
+impl Image {
+    /// Takes an option if it is about the image; returns whether it is.
+    fn set(&mut self, key: &str, value: Option<&str>) -> Result<bool, ConfigError> {
+        let value = value.unwrap_or_default();
+        match key {
+            "format" => self.format = Some(value.parse()?),
+            "backing" if value.is_empty() => return Err(ConfigError::NoPath),
+            "backing" => self.backing.push(Backing { path: value.into(), format: None }),
+            "backing-format" => {
+                let last = self.backing.last_mut().filter(|backing| backing.format.is_none());
+                last.ok_or(ConfigError::BackingFormat)?.format = Some(value.parse()?);
+            }
+            _ => return Ok(false),
+        }
+        Ok(true)
+    }
+}
+
+impl FromStr for Backing {
+    type Err = ConfigError;
+
+    /// `PATH[,format=raw|qcow2]`
+    fn from_str(text: &str) -> Result<Self, ConfigError> {
+        let Parts { first, rest } = Parts::split(text)?;
+        if first.is_empty() {
+            return Err(ConfigError::NoPath);
+        }
+        let mut backing = Self { path: first.into(), format: None };
+        for (key, value) in rest {
+            match key.as_str() {
+                "format" => backing.format = Some(value.unwrap_or_default().parse()?),
+                _ => return Err(ConfigError::UnknownOption { key, known: "format" }),
+            }
+        }
+        Ok(backing)
+    }
+}
+
+impl FromStr for DiskFormat {
+    type Err = ConfigError;
+
+    fn from_str(text: &str) -> Result<Self, ConfigError> {
+        match text {
+            "raw" => Ok(Self::Raw),
+            "qcow2" => Ok(Self::Qcow2),
+            _ => Err(ConfigError::OptionValue { key: "format", value: text.into(), takes: "raw or qcow2" }),
+        }
     }
 }
 
@@ -221,6 +282,7 @@ mod tests {
             engine: IoEngine::IoUring,
             queues: 4,
             root: false,
+            image: Image::default(),
         };
         assert_eq!(disk, expected);
         assert_eq!("my,,disk,ro=off".parse::<DiskConfig>().unwrap().path, PathBuf::from("my,disk"));
@@ -230,7 +292,7 @@ mod tests {
             ("a,ro,ro", ConfigError::RepeatedOption("ro".into())),
             ("a,id=", ConfigError::DiskId(String::new())),
             ("a,id=123456789012345678901", ConfigError::DiskId("123456789012345678901".into())),
-            ("a,size=1", ConfigError::UnknownOption { key: "size".into(), known: "ro, id, cache, queues and engine" }),
+            ("a,size=1", ConfigError::UnknownOption { key: "size".into(), known: DISK_OPTIONS }),
             ("a,ro=maybe", ConfigError::OptionValue { key: "ro", value: "maybe".into(), takes: "on or off" }),
         ] {
             assert_eq!(text.parse::<DiskConfig>(), Err(error), "{text}");
@@ -238,6 +300,37 @@ mod tests {
         assert!("a,engine=aio".parse::<DiskConfig>().is_err());
         for (queues, ok) in [("1", true), ("16", true), ("17", false), ("0", false), ("-1", false), ("", false)] {
             assert_eq!(format!("a,queues={queues}").parse::<DiskConfig>().is_ok(), ok, "{queues} queues");
+        }
+    }
+
+    #[test]
+    fn images() {
+        let image = |text: &str| text.parse::<DiskConfig>().map(|disk| disk.image);
+        assert_eq!(image("a,format=raw"), Ok(Image { format: Some(DiskFormat::Raw), backing: Vec::new() }));
+        let backing = |path: &str, format| Backing { path: path.into(), format };
+        assert_eq!(
+            image("a,format=qcow2,backing=b,,1,backing-format=qcow2,backing=c"),
+            Ok(Image {
+                format: Some(DiskFormat::Qcow2),
+                backing: vec![backing("b,1", Some(DiskFormat::Qcow2)), backing("c", None)]
+            })
+        );
+        for (text, error) in [
+            ("a,format=qcow2,backing", ConfigError::NoPath),
+            ("a,format=qcow2,backing-format=raw", ConfigError::BackingFormat),
+            ("a,format=qcow2,backing=b,backing-format=raw,backing-format=raw", ConfigError::BackingFormat),
+            ("a,backing=b", ConfigError::BackingOfRaw),
+            ("a,format=raw,backing=b", ConfigError::BackingOfRaw),
+            ("a,format=raw,format=raw", ConfigError::RepeatedOption("format".into())),
+        ] {
+            assert_eq!(image(text), Err(error), "{text}");
+        }
+        assert_eq!("b,,1,format=raw".parse(), Ok(backing("b,1", Some(DiskFormat::Raw))));
+        for text in ["", ",format=raw", "b,ro", "b,format", "b,format=raw,format=raw"] {
+            assert!(text.parse::<Backing>().is_err(), "{text}");
+        }
+        for text in ["a,format", "a,format=vmdk", "a,format=qcow2,backing=b,backing-format=vhd"] {
+            assert!(matches!(image(text), Err(ConfigError::OptionValue { .. })), "{text}");
         }
     }
 

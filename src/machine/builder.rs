@@ -95,12 +95,22 @@ impl Machine {
         let board = Arc::new(Board { ports: Bus::default(), mmio: Arc::default(), news: news.clone() });
         let interrupts = Arc::new(Interrupts::new(vm.clone()));
         let (event_device, serial) = attach_platform(&board, news, &interrupts, serial, timeline)?;
-        devices::attach(config, host, &ram, &board, &interrupts, window_64)?;
+        let disks = devices::attach(config, host, &ram, &board, &interrupts, window_64)?;
 
         let waiting = create_vcpus(&vm, &cpuid, config.cpus, &entry)?;
         cpu::install_kick_handler().map_err(|e| KvmError::call("install its signal handler")(e))?;
         timeline.mark(Milestone::DevicesReady);
-        Ok(Self { state: State::Built, waiting, running: Vec::new(), board, event_device, serial, events, _ram: ram })
+        Ok(Self {
+            state: State::Built,
+            waiting,
+            running: Vec::new(),
+            board,
+            event_device,
+            serial,
+            events,
+            disks,
+            _ram: ram,
+        })
     }
 }
 

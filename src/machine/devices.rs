@@ -5,7 +5,7 @@ use std::sync::{Arc, Mutex};
 use super::board::Board;
 use super::error::MachineError;
 use crate::backend::HostFiles;
-use crate::backend::disk::Disk;
+use crate::backend::disk::{Disk, DiskCloser};
 use crate::backend::tap::Tap;
 use crate::backend::vhost::VhostNet;
 use crate::config::{DiskConfig, NetConfig, Transport, VmConfig};
@@ -34,7 +34,8 @@ pub fn mmio_places(config: &VmConfig) -> Vec<MmioPlace> {
     }
 }
 
-/// Opens all devices and puts them onto the buses; `window_64` is where 64-bit BARs may be.
+/// Opens all devices and puts them onto the buses; `window_64` is where 64-bit BARs may be. Returns what has to be
+/// closed when the VM has ended.
 pub fn attach(
     config: &VmConfig,
     host: &dyn HostFiles,
@@ -42,8 +43,9 @@ pub fn attach(
     board: &Board,
     interrupts: &Arc<Interrupts>,
     window_64: Option<(u64, u64)>,
-) -> Result<(), MachineError> {
-    let devices = open(config, host)?;
+) -> Result<Vec<DiskCloser>, MachineError> {
+    let mut closers = Vec::new();
+    let devices = open(config, host, &mut closers)?;
     let mut root = PciRoot::new(&board.mmio, window_64);
     match config.transport {
         Transport::Pci => {
@@ -69,14 +71,14 @@ pub fn attach(
             && board.mmio.insert(layout::ECAM, layout::ECAM_SIZE, shared(Ecam(root)));
         assert!(placed, "{NO_OVERLAP}");
     }
-    Ok(())
+    Ok(closers)
 }
 
 /// In the order that guests number them.
-fn open(config: &VmConfig, host: &dyn HostFiles) -> Result<Vec<Front>, MachineError> {
+fn open(config: &VmConfig, host: &dyn HostFiles, closers: &mut Vec<DiskCloser>) -> Result<Vec<Front>, MachineError> {
     let mut devices = Vec::with_capacity(config.devices());
     for (index, disk) in config.disks.iter().enumerate() {
-        devices.push(open_block(index, disk, host)?);
+        devices.push(open_block(index, disk, host, closers)?);
     }
     for (index, nic) in config.nics.iter().enumerate() {
         devices.push(open_net(index, nic, host)?);
@@ -85,8 +87,14 @@ fn open(config: &VmConfig, host: &dyn HostFiles) -> Result<Vec<Front>, MachineEr
     Ok(devices)
 }
 
-fn open_block(index: usize, config: &DiskConfig, host: &dyn HostFiles) -> Result<Front, MachineError> {
-    let disk = Arc::new(Disk::open(host, &config.path, config.read_only)?);
+fn open_block(
+    index: usize,
+    config: &DiskConfig,
+    host: &dyn HostFiles,
+    closers: &mut Vec<DiskCloser>,
+) -> Result<Front, MachineError> {
+    let disk = Arc::new(Disk::open_image(host, &config.path, config.read_only, &config.image)?);
+    closers.extend(disk.closer());
     let options = BlockOptions { id: config.id.as_deref(), cache: config.cache, queues: config.queues };
     let rings = Rings::new(&disk, host, config.engine, config.queues)?;
     block::device(format!("block{index}"), disk, rings, options).map_err(MachineError::host("make a block device"))

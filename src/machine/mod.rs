@@ -20,6 +20,7 @@ pub use self::lifecycle::{End, State};
 use self::board::Board;
 use self::events::EventQueue;
 use self::lifecycle::Request;
+use crate::backend::disk::DiskCloser;
 use crate::cpu::{Vcpu, VcpuHandle};
 use crate::memory::Ram;
 use crate::platform::events::EventDevice;
@@ -36,6 +37,8 @@ pub struct Machine {
     event_device: Arc<Mutex<EventDevice>>,
     serial: Arc<SerialPort>,
     events: Arc<EventQueue>,
+    /// The disks that keep something in memory.
+    disks: Vec<DiskCloser>,
     /// Dropped last: KVM maps it for as long as there are vCPUs.
     _ram: Ram,
 }
@@ -78,6 +81,11 @@ impl Machine {
     /// Lets all vCPUs leave the guest. They are not waited for: one may hang on a console nobody reads.
     fn stop_vcpus(&self) {
         self.running.iter().for_each(VcpuHandle::ask_to_stop);
+    }
+
+    /// Brings the disks to rest, for a process that is about to exit: once the VM has ended, however it did.
+    pub fn close_disks(&self) {
+        self.disks.iter().for_each(DiskCloser::close);
     }
 
     #[must_use]

@@ -22,7 +22,7 @@ fn expect_usage(command: &mut Command, words: &[&str]) {
 
 #[test]
 fn texts_that_are_no_options() {
-    expect_usage(tranche().arg("run"), &["--kernel <PATH>"]);
+    expect_usage(tranche().arg("run"), &["--kernel <PATH|NAME>"]);
     expect_usage(tranche().arg("walk"), &["walk"]);
     for (option, value, words) in [
         ("--memory", "12x", "is not a size"),

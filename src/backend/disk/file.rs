@@ -6,6 +6,8 @@ use std::os::fd::AsRawFd;
 use std::os::unix::fs::{FileTypeExt, MetadataExt};
 use std::path::Path;
 
+use serde::Serialize;
+
 use super::{DiskError, SECTOR};
 use crate::backend::host::{HostFile, HostFiles};
 
@@ -29,6 +31,34 @@ impl DiskFile {
     /// # Errors
     /// Where it is no disk, or another has it.
     pub fn open(files: &dyn HostFiles, path: &Path, read_only: bool) -> Result<Self, DiskError> {
+        Self::open_with(files, path, read_only, |file| match lock(file, read_only) {
+            // POSIX allows either for a lock that another holds.
+            Err(error) if matches!(error.raw_os_error(), Some(libc::EAGAIN | libc::EACCES)) => {
+                Err(DiskError::Locked { path: path.to_owned(), read_only })
+            }
+            locked => locked.map_err(|source| DiskError::Lock { path: path.to_owned(), source }),
+        })
+    }
+
+    /// Opens what is at `path` for a look, without a lock, and tells who has one.
+    ///
+    /// # Errors
+    /// Where it is no disk.
+    pub fn look(files: &dyn HostFiles, path: &Path) -> Result<(Self, Use), DiskError> {
+        let mut seen = Use::No;
+        let file = Self::open_with(files, path, true, |file| {
+            seen = use_of(file).map_err(|source| DiskError::Lock { path: path.to_owned(), source })?;
+            Ok(())
+        })?;
+        Ok((file, seen))
+    }
+
+    fn open_with(
+        files: &dyn HostFiles,
+        path: &Path,
+        read_only: bool,
+        lock: impl FnOnce(&File) -> Result<(), DiskError>,
+    ) -> Result<Self, DiskError> {
         let path = path.to_owned();
         let mut file = match files.open(&HostFile::Disk { path: path.clone(), read_only }) {
             Ok(file) => file,
@@ -54,14 +84,7 @@ impl DiskFile {
         if let Some(what) = what {
             return Err(DiskError::NotADisk { path, what });
         }
-        match lock(&file, read_only) {
-            Ok(()) => {}
-            // POSIX allows either for a lock that another holds.
-            Err(error) if matches!(error.raw_os_error(), Some(libc::EAGAIN | libc::EACCES)) => {
-                return Err(DiskError::Locked { path, read_only });
-            }
-            Err(source) => return Err(DiskError::Lock { path, source }),
-        }
+        lock(&file)?;
         // The size from after the lock: whoever held it may have changed it. A block device has none in its
         // metadata, but its end can be sought.
         let size = file.seek(SeekFrom::End(0)).map_err(|source| DiskError::Size { path: path.clone(), source })?;
@@ -73,20 +96,42 @@ impl DiskFile {
     }
 }
 
+/// Who has a disk.
+#[derive(Debug, Clone, Copy, PartialEq, Eq, Serialize)]
+#[serde(rename_all = "lowercase")]
+pub enum Use {
+    No,
+    Reading,
+    Writing,
+}
+
 /// Takes the lock without waiting for it.
-#[expect(unsafe_code, reason = "rustix has the locks that belong to a process, not those of a description")]
 fn lock(file: &File, read_only: bool) -> io::Result<()> {
-    let kind = if read_only { libc::F_RDLCK } else { libc::F_WRLCK };
-    let whole = libc::flock {
+    fcntl(file, libc::F_OFD_SETLK, if read_only { libc::F_RDLCK } else { libc::F_WRLCK }).map(drop)
+}
+
+/// Asks for a lock that keeps us from having the disk for ourselves.
+fn use_of(file: &File) -> io::Result<Use> {
+    Ok(match libc::c_int::from(fcntl(file, libc::F_OFD_GETLK, libc::F_WRLCK)?) {
+        libc::F_UNLCK => Use::No,
+        libc::F_RDLCK => Use::Reading,
+        _ => Use::Writing,
+    })
+}
+
+/// Locks the whole file, or asks about it; returns the kind of lock that there is then.
+#[expect(unsafe_code, reason = "rustix has the locks that belong to a process, not those of a description")]
+fn fcntl(file: &File, command: libc::c_int, kind: libc::c_int) -> io::Result<libc::c_short> {
+    let mut whole = libc::flock {
         l_type: kind as libc::c_short,
         l_whence: libc::SEEK_SET as libc::c_short,
         l_start: 0,
         l_len: 0,
         l_pid: 0,
     };
-    // SAFETY: the descriptor is open, and the kernel reads one `flock`, which outlives the call.
-    match unsafe { libc::fcntl(file.as_raw_fd(), libc::F_OFD_SETLK, &raw const whole) } {
-        0 => Ok(()),
+    // SAFETY: the descriptor is open, and the kernel reads and writes one `flock`, which outlives the call.
+    match unsafe { libc::fcntl(file.as_raw_fd(), command, &raw mut whole) } {
+        0 => Ok(whole.l_type),
         _ => Err(io::Error::last_os_error()),
     }
 }

@@ -4,19 +4,25 @@
 
 mod error;
 mod file;
+pub mod qcow2;
 mod raw;
+pub mod tools;
 pub mod uring;
 
 use std::fs::File;
 use std::io;
 use std::os::fd::BorrowedFd;
 use std::path::{Path, PathBuf};
+use std::sync::Arc;
 
 pub use self::error::DiskError;
 
 use self::file::DiskFile;
+use self::qcow2::Qcow2;
+use self::qcow2::header::looks_like_qcow2;
 use self::raw::Raw;
 use crate::backend::host::{HostFile, HostFiles};
+use crate::config::{DiskFormat, Image};
 use crate::memory::IoBuf;
 
 /// The unit of a virtio disk's addresses and lengths, in bytes.
@@ -36,14 +42,36 @@ pub struct Disk {
 #[derive(Debug)]
 enum Format {
     Raw(Raw),
+    Qcow2(Arc<Qcow2>),
 }
 
 impl Disk {
-    /// Opens and locks the disk at `path`.
+    /// Opens and locks the disk at `path`, raw bytes or a block device.
     ///
     /// A size that is not a multiple of [`SECTOR`] is rounded down, with a warning: the rest is out of reach.
     pub fn open(files: &dyn HostFiles, path: &Path, read_only: bool) -> Result<Self, DiskError> {
-        let DiskFile { file, size, block_size } = DiskFile::open(files, path, read_only)?;
+        let raw = Image { format: Some(DiskFormat::Raw), ..Image::default() };
+        Self::open_image(files, path, read_only, &raw)
+    }
+
+    /// Opens and locks the disk at `path`. Its format is never guessed: without a word about it the disk is raw,
+    /// and refused if it begins like a qcow2 image.
+    pub fn open_image(files: &dyn HostFiles, path: &Path, read_only: bool, image: &Image) -> Result<Self, DiskError> {
+        let Image { format, backing } = image;
+        let (size, block_size, opened) = if *format == Some(DiskFormat::Qcow2) {
+            let (image, block_size) = Qcow2::open(files, path, read_only, backing)?;
+            (image.header.size, block_size, Format::Qcow2(Arc::new(image)))
+        } else {
+            let DiskFile { file, size, block_size } = DiskFile::open(files, path, read_only)?;
+            if !backing.is_empty() {
+                return Err(DiskError::NoBacking { path: path.to_owned() });
+            }
+            let unreadable = |source| DiskError::Open { path: path.to_owned(), source };
+            if format.is_none() && looks_like_qcow2(&file).map_err(unreadable)? {
+                return Err(DiskError::LooksLikeQcow2 { path: path.to_owned(), option: "format" });
+            }
+            (size, block_size, Format::Raw(Raw::new(file)))
+        };
         let bytes = size - size % SECTOR;
         if bytes == 0 {
             return Err(DiskError::Empty { path: path.to_owned() });
@@ -55,7 +83,16 @@ impl Disk {
                 size % SECTOR
             );
         }
-        Ok(Self { path: path.to_owned(), read_only, bytes, block_size, format: Format::Raw(Raw::new(file)) })
+        Ok(Self { path: path.to_owned(), read_only, bytes, block_size, format: opened })
+    }
+
+    /// What has to be called at the VM's end, for formats that keep something in memory.
+    #[must_use]
+    pub fn closer(&self) -> Option<DiskCloser> {
+        match &self.format {
+            Format::Raw(_) => None,
+            Format::Qcow2(image) => Some(DiskCloser { path: self.path.clone(), image: image.clone() }),
+        }
     }
 
     #[must_use]
@@ -85,6 +122,7 @@ impl Disk {
     pub fn raw_file(&self) -> Option<BorrowedFd<'_>> {
         match &self.format {
             Format::Raw(raw) => Some(raw.file()),
+            Format::Qcow2(_) => None,
         }
     }
 
@@ -105,6 +143,7 @@ impl Disk {
     pub fn tells_ready_reads(&self) -> bool {
         match &self.format {
             Format::Raw(raw) => raw.tells_ready_reads(),
+            Format::Qcow2(_) => false,
         }
     }
 
@@ -112,6 +151,7 @@ impl Disk {
     pub fn tells_ready_writes(&self) -> bool {
         match &self.format {
             Format::Raw(raw) => raw.tells_ready_writes(),
+            Format::Qcow2(_) => false,
         }
     }
 
@@ -123,6 +163,7 @@ impl Disk {
     pub fn read_ready(&self, buf: &mut IoBuf, offset: u64) -> io::Result<u64> {
         match &self.format {
             Format::Raw(raw) => raw.read_ready(buf, offset),
+            Format::Qcow2(_) => Ok(0),
         }
     }
 
@@ -130,6 +171,7 @@ impl Disk {
     pub fn write_ready(&self, buf: &mut IoBuf, offset: u64) -> io::Result<u64> {
         match &self.format {
             Format::Raw(raw) => raw.write_ready(buf, offset),
+            Format::Qcow2(_) => Ok(0),
         }
     }
 
@@ -141,6 +183,7 @@ impl Disk {
     pub fn read(&self, buf: &mut IoBuf, offset: u64, before_wait: Option<&mut dyn FnMut()>) -> io::Result<()> {
         match &self.format {
             Format::Raw(raw) => raw.read(buf, offset, before_wait),
+            Format::Qcow2(image) => image.read(buf, offset, before_wait),
         }
     }
 
@@ -148,6 +191,7 @@ impl Disk {
     pub fn write(&self, buf: &mut IoBuf, offset: u64, before_wait: Option<&mut dyn FnMut()>) -> io::Result<()> {
         match &self.format {
             Format::Raw(raw) => raw.write(buf, offset, before_wait),
+            Format::Qcow2(image) => image.write(buf, offset, before_wait),
         }
     }
 
@@ -155,6 +199,7 @@ impl Disk {
     pub fn flush(&self) -> io::Result<()> {
         match &self.format {
             Format::Raw(raw) => raw.flush(),
+            Format::Qcow2(image) => image.flush(),
         }
     }
 
@@ -165,6 +210,7 @@ impl Disk {
     pub fn discard(&self, offset: u64, len: u64) -> io::Result<()> {
         match &self.format {
             Format::Raw(raw) => raw.discard(offset, len),
+            Format::Qcow2(image) => image.discard(offset, len),
         }
     }
 
@@ -173,6 +219,22 @@ impl Disk {
     pub fn write_zeroes(&self, offset: u64, len: u64, may_unmap: bool) -> io::Result<()> {
         match &self.format {
             Format::Raw(raw) => raw.write_zeroes(offset, len, may_unmap),
+            Format::Qcow2(image) => image.write_zeroes(offset, len, may_unmap),
+        }
+    }
+}
+
+/// Brings a disk to rest while its device still has it.
+pub struct DiskCloser {
+    path: PathBuf,
+    image: Arc<Qcow2>,
+}
+
+impl DiskCloser {
+    /// Waits for the request in hand; those after it fail.
+    pub fn close(&self) {
+        if let Err(error) = self.image.close() {
+            tracing::error!("disk {} could not be closed cleanly: {error}", self.path.display());
         }
     }
 }

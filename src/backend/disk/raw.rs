@@ -3,6 +3,7 @@
 use std::fs::File;
 use std::io::{self, IoSlice, IoSliceMut};
 use std::os::fd::{AsFd, BorrowedFd};
+use std::os::unix::fs::FileExt;
 use std::sync::atomic::{AtomicBool, Ordering::Relaxed};
 
 use rustix::fs::FallocateFlags;
@@ -73,6 +74,11 @@ impl Raw {
             |buf, at| buf.try_write_at(file, at),
             |buf, at| buf.write_at(file, at),
         )
+    }
+
+    /// Reads into memory of ours.
+    pub fn read_bytes(&self, bytes: &mut [u8], offset: u64) -> io::Result<()> {
+        self.file.read_exact_at(bytes, offset)
     }
 
     pub fn flush(&self) -> io::Result<()> {
