@@ -66,3 +66,4 @@ guest: setup ## build the guest images in target/guest
 	@resources/linux/fetch-kernel generic $(GUEST)
 	@resources/linux/build-initrd generic $(GUEST)
 	@resources/linux/build-rootfs $(GUEST)
+	@resources/linux/build-roots $(GUEST)

@@ -1,5 +1,6 @@
 //! A guest that runs a script and says what came out.
 
+use std::ffi::OsStr;
 use std::path::{Path, PathBuf};
 use std::process::Command;
 use std::sync::{Mutex, MutexGuard, PoisonError};
@@ -39,14 +40,18 @@ impl Guest {
 
     /// A guest on a root disk of its own: `--rootfs`'s text.
     pub fn on_root(kernel: &Path, initrd: &Path, root: &str) -> Self {
+        Self::on_kernel(kernel).arg("--initrd", initrd).arg("--rootfs", root)
+    }
+
+    /// A guest with nothing but a kernel: `--kernel`'s text.
+    pub fn on_kernel(kernel: impl AsRef<OsStr>) -> Self {
         let turn = TURN.lock().unwrap_or_else(PoisonError::into_inner);
         let mut command = tranche();
-        command.arg("run").arg("--kernel").arg(kernel).arg("--initrd").arg(initrd);
-        command.arg("--rootfs").arg(root);
+        command.arg("run").arg("--kernel").arg(kernel.as_ref());
         Self { dir: TempDir::new().unwrap(), command, cmdline: "quiet".into(), _turn: turn }
     }
 
-    pub fn arg(mut self, name: &str, value: impl AsRef<std::ffi::OsStr>) -> Self {
+    pub fn arg(mut self, name: &str, value: impl AsRef<OsStr>) -> Self {
         self.command.arg(name).arg(value);
         self
     }

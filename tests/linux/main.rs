@@ -7,6 +7,7 @@
 mod support;
 
 mod boot;
+mod bundles;
 mod disk;
 mod endings;
 mod guest;
