@@ -233,18 +233,21 @@ impl NewBundle {
                 File::open(self.dir.join(file))?.sync_all()?;
             }
             File::open(&self.dir)?.sync_all()?;
-            let flags = if self.replace { RenameFlags::EXCHANGE } else { RenameFlags::NOREPLACE };
-            match renameat_with(CWD, &self.dir, CWD, &dir, flags) {
-                // There was nothing to replace.
-                Err(Errno::NOENT) if self.replace => renameat_with(CWD, &self.dir, CWD, &dir, RenameFlags::NOREPLACE),
-                done => done,
-            }?;
+            let _turn = self.library.turn()?;
+            if self.replace && dir.exists() {
+                exchange(&self.dir, &dir)?;
+            } else {
+                // A directory with something in it is never replaced.
+                fs::rename(&self.dir, &dir)?;
+            }
             File::open(&self.library.dir)?.sync_all()
         })();
         match named {
             // What was replaced goes when `self` is dropped.
             Ok(()) => Ok(Bundle { name: self.name.clone(), manifest: manifest.clone(), dir }),
-            Err(error) if error.kind() == io::ErrorKind::AlreadyExists => Err(KernelsError::Exists(self.name.clone())),
+            Err(error) if matches!(error.kind(), io::ErrorKind::AlreadyExists | io::ErrorKind::DirectoryNotEmpty) => {
+                Err(KernelsError::Exists(self.name.clone()))
+            }
             Err(error) => Err(self.library.failed()(error)),
         }
     }
@@ -254,6 +257,25 @@ impl Drop for NewBundle {
     fn drop(&mut self) {
         let _ = fs::remove_dir_all(&self.dir);
     }
+}
+
+/// Has two directories change places, at once where the file system can do that.
+fn exchange(new: &Path, old: &Path) -> io::Result<()> {
+    match renameat_with(CWD, new, CWD, old, RenameFlags::EXCHANGE) {
+        Err(Errno::INVAL | Errno::NOSYS) => exchange_in_steps(new, old),
+        done => Ok(done?),
+    }
+}
+
+/// For a moment there is no `old`. It is back if anything fails but the last step, after which it is where it shall be.
+fn exchange_in_steps(new: &Path, old: &Path) -> io::Result<()> {
+    let aside = new.with_added_extension("old");
+    fs::rename(old, &aside)?;
+    if let Err(error) = fs::rename(new, old) {
+        let _ = fs::rename(&aside, old);
+        return Err(error);
+    }
+    fs::rename(&aside, new)
 }
 
 fn is_name(name: &str) -> bool {
@@ -316,6 +338,43 @@ mod tests {
         library.remove("k").unwrap();
         assert!(matches!(library.remove("k"), Err(KernelsError::Unknown(_))));
         assert_eq!(fs::read_dir(dir.path().join("a/b")).unwrap().count(), 1, "nothing is left behind");
+    }
+
+    #[test]
+    fn file_systems_that_cannot_exchange_get_there_in_steps() {
+        let dir = tempfile::tempdir().unwrap();
+        let [new, old] = ["new", "old"].map(|name| dir.path().join(name));
+        let content = |dir: &Path| fs::read_to_string(dir.join("is")).unwrap();
+        for exchange in [exchange, exchange_in_steps] {
+            for dir in [&new, &old] {
+                fs::create_dir_all(dir).unwrap();
+                fs::write(dir.join("is"), dir.file_name().unwrap().as_encoded_bytes()).unwrap();
+            }
+            exchange(&new, &old).unwrap();
+            assert_eq!((content(&new).as_str(), content(&old).as_str()), ("old", "new"));
+            // A new one that is not there leaves the old one as it is.
+            exchange(&dir.path().join("lost"), &old).unwrap_err();
+            assert_eq!(content(&old), "new");
+        }
+        assert_eq!(fs::read_dir(dir.path()).unwrap().count(), 2, "nothing is left beside them");
+    }
+
+    #[test]
+    fn a_name_taken_while_a_bundle_was_written_stays_whose_it_is() {
+        let dir = tempfile::tempdir().unwrap();
+        let library = Library::in_dir(dir.path());
+        let slow = library.begin("k", false).unwrap();
+        // A second writer, which is faster: another process, so its directory has another name.
+        let fast = dir.path().join("fast");
+        fs::create_dir(&fast).unwrap();
+        for file in [KERNEL, INITRD] {
+            fs::write(fast.join(file), "fast").unwrap();
+            fs::write(slow.dir().join(file), "slow").unwrap();
+        }
+        fs::rename(fast, dir.path().join("k")).unwrap();
+        assert!(matches!(slow.finish(&manifest()), Err(KernelsError::Exists(_))));
+        assert_eq!(fs::read(dir.path().join("k").join(KERNEL)).unwrap(), b"fast");
+        assert_eq!(fs::read_dir(dir.path()).unwrap().count(), 1);
     }
 
     #[test]

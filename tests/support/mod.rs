@@ -16,37 +16,62 @@ pub fn tranche() -> Command {
 
 /// What a stream has said so far.
 #[derive(Clone, Default)]
-pub struct Transcript(Arc<(Mutex<Vec<u8>>, Condvar)>);
+pub struct Transcript(Arc<(Mutex<Said>, Condvar)>);
+
+#[derive(Default)]
+struct Said {
+    text: Vec<u8>,
+    /// It will close, and has not yet.
+    open: bool,
+}
 
 impl Transcript {
-    pub fn of(mut stream: impl Read + Send + 'static) -> Self {
+    /// Of a stream that may outlive the program, as a terminal does.
+    pub fn of(stream: impl Read + Send + 'static) -> Self {
+        Self::default().listen_to(stream)
+    }
+
+    /// Of a pipe, which the program closes when it ends.
+    fn of_pipe(pipe: impl Read + Send + 'static) -> Self {
         let transcript = Self::default();
-        let writer = transcript.clone();
+        transcript.0.0.lock().unwrap().open = true;
+        transcript.listen_to(pipe)
+    }
+
+    fn listen_to(self, mut stream: impl Read + Send + 'static) -> Self {
+        let writer = self.clone();
         std::thread::spawn(move || {
             let mut chunk = [0; 4096];
+            let (said, changed) = &*writer.0;
             while let Ok(count @ 1..) = stream.read(&mut chunk) {
-                let (text, changed) = &*writer.0;
-                text.lock().unwrap().extend_from_slice(&chunk[..count]);
+                said.lock().unwrap().text.extend_from_slice(&chunk[..count]);
                 changed.notify_all();
             }
+            said.lock().unwrap().open = false;
+            changed.notify_all();
         });
-        transcript
+        self
     }
 
     pub fn text(&self) -> String {
-        String::from_utf8_lossy(&self.0.0.lock().unwrap()).replace('\r', "")
+        String::from_utf8_lossy(&self.0.0.lock().unwrap().text).replace('\r', "")
     }
 
     /// Waits until `what` has been said.
     pub fn wait_for(&self, what: &str, limit: Duration) {
-        let deadline = Instant::now() + limit;
-        let (text, changed) = &*self.0;
-        let mut text = text.lock().unwrap();
-        while !String::from_utf8_lossy(&text).contains(what) {
-            let left = deadline.saturating_duration_since(Instant::now());
-            assert!(!left.is_zero(), "no '{what}' within {limit:?}; so far:\n{}", String::from_utf8_lossy(&text));
-            text = changed.wait_timeout(text, left).unwrap().0;
-        }
+        let said = |said: &Said| String::from_utf8_lossy(&said.text).contains(what);
+        assert!(self.wait_until(said, limit), "no '{what}' within {limit:?}; so far:\n{}", self.text());
+    }
+
+    /// Waits until nothing more can come.
+    fn wait_for_the_end(&self, limit: Duration) {
+        assert!(self.wait_until(|said| !said.open, limit), "still open after {limit:?}; so far:\n{}", self.text());
+    }
+
+    fn wait_until(&self, done: impl Fn(&Said) -> bool, limit: Duration) -> bool {
+        let (said, changed) = &*self.0;
+        let wait = changed.wait_timeout_while(said.lock().unwrap(), limit, |said| !done(said));
+        !wait.unwrap().1.timed_out()
     }
 }
 
@@ -74,8 +99,8 @@ impl Running {
     /// Starts it with the streams that `command` names; what is piped is listened to.
     pub fn spawn(command: &mut Command) -> Self {
         let mut child = command.spawn().expect("the program under test starts");
-        let output = child.stdout.take().map(Transcript::of).unwrap_or_default();
-        let errors = child.stderr.take().map(Transcript::of).unwrap_or_default();
+        let output = child.stdout.take().map(Transcript::of_pipe).unwrap_or_default();
+        let errors = child.stderr.take().map(Transcript::of_pipe).unwrap_or_default();
         let input = child.stdin.take();
         Self { child, output, errors, input }
     }
@@ -102,8 +127,9 @@ impl Running {
             );
             std::thread::sleep(Duration::from_millis(5));
         };
-        // The readers end with the streams, just after the process.
-        std::thread::sleep(Duration::from_millis(50));
+        // On a busy machine what it said last is read some time after its end.
+        self.output.wait_for_the_end(limit);
+        self.errors.wait_for_the_end(limit);
         Ended { status, output: self.output.text(), errors: self.errors.text() }
     }
 }
