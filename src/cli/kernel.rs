@@ -10,8 +10,16 @@ use super::table::Table;
 use crate::config::MemorySize;
 use crate::kernels::{self, Bundle, KernelsError, Library, Source};
 
+const HELP: &str = "\
+Imported kernels are in $XDG_DATA_HOME/tranche/kernels; without that variable in /var/lib/tranche/kernels for root,
+and in ~/.local/share/tranche/kernels for others.
+Exit status: 0 done, 2 wrong usage, 60 there is no such kernel, 61 there is one already, 62 the package cannot be
+read, 63 it cannot be used, 64 the directory of imported kernels fails, 65 an imported kernel is damaged.
+See docs/kernels.md.";
+
 /// Import kernels of distributions, to boot them by name
 #[derive(Debug, Subcommand)]
+#[command(after_help = HELP)]
 pub enum KernelVerb {
     Import(ImportArgs),
     Ls(LsArgs),
@@ -24,15 +32,16 @@ pub enum KernelVerb {
 /// root file system by root=/dev/NAME, LABEL=, UUID=, PARTLABEL= or PARTUUID= (ext4, xfs, btrfs, squashfs, erofs).
 /// Boot it with 'tranche run --kernel NAME'.
 #[derive(Debug, Args)]
+#[command(after_help = HELP)]
 pub struct ImportArgs {
     /// A package (linux-image-*.deb), or a directory that holds boot/vmlinuz-* and lib/modules, such as /
     #[arg(value_name = "PACKAGE.deb|DIR")]
     source: PathBuf,
 
-    /// What to call it: a-z, 0-9, '.', '_' and '-'
+    /// What to call it: 1 to 64 characters of a-z, 0-9, '.', '_' and '-', the first a letter or digit
     name: String,
 
-    /// Which kernel, if the directory holds several
+    /// Which kernel, if there are several: as 'uname -r' says it
     #[arg(long)]
     release: Option<String>,
 
@@ -43,6 +52,7 @@ pub struct ImportArgs {
 
 /// List imported kernels
 #[derive(Debug, Args)]
+#[command(after_help = HELP)]
 pub struct LsArgs {
     #[arg(long, value_name = "FORMAT", default_value = "table")]
     format: Format,
@@ -60,7 +70,9 @@ enum Format {
 
 /// Remove imported kernels
 #[derive(Debug, Args)]
+#[command(after_help = HELP)]
 pub struct RmArgs {
+    /// Running VMs keep theirs
     #[arg(required = true)]
     name: Vec<String>,
 }
