@@ -12,10 +12,10 @@ SCRIPTS := $(shell grep -lE '^\#!/bin/(ba)?sh' .ci/run $$(find tests resources -
            resources/linux/initrd-init tests/lab/init
 
 .DEFAULT_GOAL := help
-.PHONY: help run test lint bench soak install manual clean release setup guest
+.PHONY: help run test lint bench soak install manual clean release setup guest small-kernel
 
 help: ## say what there is
-	@awk -F ':.*## ' '/^[a-z]+:.*## / { printf "  make %-9s %s\n", $$1, $$2 }' $(MAKEFILE_LIST)
+	@awk -F ':.*## ' '/^[a-z-]+:.*## / { printf "  make %-12s %s\n", $$1, $$2 }' $(MAKEFILE_LIST)
 
 run: release setup guest ## boot Debian's cloud kernel to a shell (in an emulated machine without VT-x or AMD-V)
 	@resources/linux/run $(RELEASE) $(GUEST)
@@ -67,3 +67,7 @@ guest: setup ## build the guest images in target/guest
 	@resources/linux/build-initrd generic $(GUEST)
 	@resources/linux/build-rootfs $(GUEST)
 	@resources/linux/build-roots $(GUEST)
+	@resources/kernel/build --cached $(GUEST)
+
+small-kernel: ## build the small kernel for MMIO guests, in target/guest/small (ten minutes, once)
+	@resources/kernel/build $(GUEST)

@@ -14,3 +14,4 @@ mod guest;
 mod mmio;
 mod net;
 mod queues;
+mod small_kernel;
