@@ -16,7 +16,8 @@
 //! - [`config`]: what a VM is: plain data with defaults, units and validation
 //! - [`observe`]: logs and the boot timeline
 //!
-//! Apart from them all, [`guest_init`] is what runs first inside a guest with an imported kernel.
+//! Apart from them all, [`guest_init`] is what runs first inside a guest with an imported kernel, and `fuzzing` (of the
+//! feature `fuzzing` and of tests) what fuzzers drive.
 
 pub mod backend;
 pub mod boot;
@@ -24,6 +25,8 @@ pub mod cli;
 pub mod config;
 pub mod cpu;
 pub mod devices;
+#[cfg(any(test, feature = "fuzzing"))]
+pub mod fuzzing;
 pub mod guest_init;
 pub mod kernels;
 pub mod machine;

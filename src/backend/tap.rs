@@ -149,7 +149,7 @@ impl Tap {
     }
 
     /// A stand-in that keeps packets apart as a tap does, such as one end of a datagram socket pair.
-    #[cfg(test)]
+    #[cfg(any(test, feature = "fuzzing"))]
     pub fn from_packets(fd: std::os::fd::OwnedFd, mtu: u16) -> Self {
         Self { file: fd.into(), name: "packets".into(), mtu, offloads: Offloads::NONE }
     }

@@ -18,7 +18,7 @@ mod payload;
 mod room;
 mod sparse;
 #[cfg(test)]
-mod tests;
+pub(crate) mod tests;
 
 use std::fs::{File, Metadata};
 use std::io;

@@ -9,13 +9,14 @@ use vm_memory::{Bytes, GuestAddress, GuestMemoryBackend};
 
 use crate::cpu::gdt;
 use crate::memory::{Ram, anonymous};
-use payload::tests::{pack, sample};
+use payload::tests::sample;
+pub use payload::tests::{FORMATS, pack};
 
 const MIB: u64 = 1 << 20;
 const KERNEL: u64 = 16 * MIB;
 
 /// A kernel of two segments at 16 MiB, the second with a bss, and a note if it has a PVH entry.
-fn elf(code: &[u8], pvh: Option<u32>) -> Vec<u8> {
+pub fn elf(code: &[u8], pvh: Option<u32>) -> Vec<u8> {
     let note = [
         &[4, 0, 0, 0, 4, 0, 0, 0, 6, 0, 0, 0][..],
         b"Xen\0lin\0",
@@ -47,7 +48,7 @@ fn elf(code: &[u8], pvh: Option<u32>) -> Vec<u8> {
 }
 
 /// A bzImage of boot protocol 2.15 with one setup sector, its payload behind 1 KiB of its own code.
-fn bzimage(payload: &[u8]) -> Vec<u8> {
+pub fn bzimage(payload: &[u8]) -> Vec<u8> {
     let mut bytes = vec![0; 1024 + 1024];
     bytes[1024..].fill(0x90);
     let mut put = |offset: usize, value: &[u8]| bytes[offset..offset + value.len()].copy_from_slice(value);

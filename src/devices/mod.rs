@@ -8,6 +8,6 @@ pub mod rng;
 pub mod worker;
 
 #[cfg(test)]
-mod conformance;
+pub(crate) mod conformance;
 
 pub use front::Front;

@@ -18,7 +18,7 @@ pub fn device(name: String) -> io::Result<Front> {
     Ok(Front::new(DeviceKind::Rng, name, feature::RING, Vec::new(), vec![Box::new(worker)]))
 }
 
-pub(super) struct RngEngine;
+pub(crate) struct RngEngine;
 
 impl Engine for RngEngine {
     fn serve(&mut self, queue: &mut Virtqueue, chain: &mut Chain, turn: &mut Turn<'_>) -> Result<Served, RingError> {

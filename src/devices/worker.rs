@@ -90,7 +90,7 @@ pub struct Turn<'a> {
 
 impl Turn<'_> {
     /// One that nobody cuts short.
-    #[cfg(test)]
+    #[cfg(any(test, feature = "fuzzing"))]
     pub fn of(left: u32) -> Self {
         static NEVER: AtomicBool = AtomicBool::new(false);
         Self { left, called: &NEVER }

@@ -5,7 +5,7 @@
 
 pub mod cmdline;
 mod modules;
-mod partitions;
+pub(crate) mod partitions;
 mod root;
 pub mod superblock;
 

@@ -7,10 +7,10 @@ mod error;
 mod import;
 mod initrd;
 mod library;
-mod modinfo;
-mod modules;
-mod package;
-mod tree;
+pub(crate) mod modinfo;
+pub(crate) mod modules;
+pub(crate) mod package;
+pub(crate) mod tree;
 
 pub use error::{Flaw, KernelsError};
 pub use import::{Source, import};

@@ -189,6 +189,12 @@ pub mod tests {
 
     /// A package with these files.
     pub fn package(files: &[(&str, &[u8])]) -> Vec<u8> {
+        let mut gzip = flate2::write::GzEncoder::new(Vec::new(), flate2::Compression::fast());
+        gzip.write_all(&tar(files)).unwrap();
+        ar("data.tar.gz", &gzip.finish().unwrap())
+    }
+
+    pub fn tar(files: &[(&str, &[u8])]) -> Vec<u8> {
         let mut tar = tar::Builder::new(Vec::new());
         for (path, content) in files {
             let mut header = tar::Header::new_gnu();
@@ -199,11 +205,13 @@ pub mod tests {
             header.set_cksum();
             tar.append(&header, *content).unwrap();
         }
-        let mut gzip = flate2::write::GzEncoder::new(Vec::new(), flate2::Compression::fast());
-        gzip.write_all(&tar.into_inner().unwrap()).unwrap();
-        let data = gzip.finish().unwrap();
+        tar.into_inner().unwrap()
+    }
+
+    /// A package with this data.
+    pub fn ar(name: &str, data: &[u8]) -> Vec<u8> {
         let mut package = AR.to_vec();
-        for (name, content) in [("debian-binary", &b"2.0\n"[..]), ("control.tar", b"odd"), ("data.tar.gz", &data)] {
+        for (name, content) in [("debian-binary", &b"2.0\n"[..]), ("control.tar", b"odd"), (name, data)] {
             writeln!(package, "{name:<16}{:<32}{:<10}`", "", content.len()).unwrap();
             package.extend_from_slice(content);
             package.resize(package.len().next_multiple_of(2), b'\n');

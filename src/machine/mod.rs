@@ -21,7 +21,7 @@ use self::board::Board;
 use self::events::EventQueue;
 use self::lifecycle::Request;
 use crate::backend::disk::DiskCloser;
-use crate::cpu::{Vcpu, VcpuHandle};
+use crate::cpu::{ExitHandler, Vcpu, VcpuHandle};
 use crate::memory::Ram;
 use crate::platform::events::EventDevice;
 use crate::platform::serial::SerialPort;
@@ -50,8 +50,11 @@ impl Machine {
     /// When the host has no thread for one of them.
     pub fn start(&mut self) -> Result<(), MachineError> {
         self.request(Request::Start);
+        let handler: Arc<dyn ExitHandler> = self.board.clone();
+        #[cfg(feature = "fuzzing")]
+        let handler = crate::fuzzing::recorded(handler);
         for vcpu in std::mem::take(&mut self.waiting) {
-            self.running.push(vcpu.start(self.board.clone())?);
+            self.running.push(vcpu.start(handler.clone())?);
         }
         Ok(())
     }

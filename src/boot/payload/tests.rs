@@ -6,7 +6,7 @@ use std::os::unix::fs::FileExt;
 use lzma_rust2::{CheckType, FilterType, LzmaOptions, LzmaWriter, XzOptions, XzWriter};
 use proptest::prelude::*;
 
-const FORMATS: [Format; 6] = [Format::Gzip, Format::Xz, Format::Lz4, Format::Zstd, Format::Lzma, Format::Bzip2];
+pub const FORMATS: [Format; 6] = [Format::Gzip, Format::Xz, Format::Lz4, Format::Zstd, Format::Lzma, Format::Bzip2];
 
 /// Something like a kernel: calls (for the branch filter), text, noise and zeroes.
 pub fn sample(len: usize) -> Vec<u8> {

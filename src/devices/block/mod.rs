@@ -12,7 +12,7 @@ use virtio_bindings::virtio_blk as blk;
 use zerocopy::{FromZeros, Immutable, IntoBytes, little_endian as le};
 
 use self::request::{MAX_DISCARD_RANGES, MAX_DISCARD_SECTORS, MAX_ZEROES_RANGES, MAX_ZEROES_SECTORS};
-pub(super) use self::sync::SyncEngine;
+pub(crate) use self::sync::SyncEngine;
 use self::uring::{Pending, UringEngine};
 use super::front::{Front, QueueServer};
 use super::worker::{Engine, Worker};
@@ -68,7 +68,7 @@ pub struct BlockOptions<'a> {
 pub struct Rings {
     rings: Vec<Uring<Pending>>,
     /// Everything goes through them, even what the host can do at once: a test of the rings.
-    pub(super) only: bool,
+    pub(crate) only: bool,
 }
 
 impl Rings {
@@ -97,7 +97,7 @@ impl Rings {
     }
 
     /// The engine of queue `index`: with one of the rings, if there are any.
-    pub(super) fn engine(&mut self, index: u16, sync: SyncEngine) -> Box<dyn Engine> {
+    pub(crate) fn engine(&mut self, index: u16, sync: SyncEngine) -> Box<dyn Engine> {
         let Some(ring) = self.rings.pop() else { return Box::new(sync) };
         let engine = UringEngine::new(index, ring, sync, !self.only);
         Box::new(engine)

@@ -1,12 +1,12 @@
 //! What every device has to do, whatever it does: serve, stop, go on, start anew, and survive its driver.
 
 mod block;
-mod driver;
+pub mod driver;
 mod hanging;
 mod net;
 mod pairs;
 mod random;
-mod specimens;
+pub mod specimens;
 
 use driver::{INDIRECT, NEXT, Ring, WRITE, memory};
 use specimens::{Specimen, specimens};

@@ -20,10 +20,10 @@ use std::sync::Arc;
 use rustix::rand::{GetRandomFlags, getrandom};
 use virtio_bindings::virtio_net as net;
 
-pub(super) use self::card::Card;
+pub(crate) use self::card::Card;
 use self::card::offered;
 use self::control::ControlEngine;
-pub(super) use self::pair::PairEngine;
+pub(crate) use self::pair::PairEngine;
 use self::relay::Relay;
 use self::vhost::VhostPair;
 use super::front::{Front, QueueServer};

@@ -1,0 +1,97 @@
+//! Disks that may hold anything: as images that we read and write, and as what a guest looks for its root on.
+
+use std::path::Path;
+
+use vm_memory::GuestAddress;
+
+use super::input::Input;
+use super::memory_files::{MemoryFiles, empty, sparse};
+use crate::backend::Disk;
+use crate::backend::disk::SECTOR;
+use crate::backend::disk::qcow2::Qcow2;
+use crate::config::{Backing, DiskFormat, Image};
+use crate::guest_init::cmdline::{Options, Root};
+use crate::guest_init::{partitions, superblock};
+use crate::memory::{IoBuf, anonymous};
+
+/// Bits of the first byte of an image's input.
+pub mod image {
+    pub const READ_ONLY: u8 = 1;
+    /// It is given a backing file.
+    pub const BACKED: u8 = 2;
+    /// Whoever closed it is repaired after first.
+    pub const REPAIR: u8 = 4;
+}
+
+const IMAGE: &str = "image.qcow2";
+const BACKING: &str = "backing";
+
+/// Opens a qcow2 image and uses the disk in it: [`image`] bits, then the file as [`sparse`] has it.
+pub fn qcow2(input: &[u8]) {
+    let mut input = Input(input);
+    let Some(bits) = input.u8() else { return };
+    let Some(file) = sparse(&mut input) else { return };
+    let backing = empty();
+    backing.set_len(1 << 20).expect("room for a file in memory");
+    let files = MemoryFiles::default().with(IMAGE, file).with(BACKING, backing);
+    let path = Path::new(IMAGE);
+    if bits & image::REPAIR != 0 {
+        let _ = Qcow2::repair(&files, path);
+    }
+    let behind = Backing { path: BACKING.into(), format: Some(DiskFormat::Raw) };
+    let backing = if bits & image::BACKED != 0 { vec![behind] } else { Vec::new() };
+    let options = Image { format: Some(DiskFormat::Qcow2), backing };
+    let read_only = bits & image::READ_ONLY != 0;
+    let Ok(disk) = Disk::open_image(&files, path, read_only, &options) else { return };
+    exercise(&disk, read_only);
+    if let Some(closer) = disk.closer() {
+        closer.close();
+    }
+}
+
+/// Reads, and changes if that is allowed, its start, its middle and its end. The host may refuse any of it.
+fn exercise(disk: &Disk, read_only: bool) {
+    const LEN: u64 = 8 * SECTOR;
+    let ram = anonymous(&[(GuestAddress(0), LEN)]).expect("guest memory");
+    let last = disk.bytes() - SECTOR;
+    for at in [0, last / 2 / SECTOR * SECTOR, last] {
+        let len = LEN.min(disk.bytes() - at);
+        let buffer = || {
+            let mut buffer = IoBuf::new(ram.clone());
+            buffer.push(0, len as u32).expect("it is in memory");
+            buffer
+        };
+        let _ = disk.read(&mut buffer(), at, None);
+        if !read_only {
+            let _ = disk.write(&mut buffer(), at, None);
+            let _ = disk.read(&mut buffer(), at, None);
+            let _ = disk.write_zeroes(at, len, false);
+            let _ = disk.discard(at, len);
+        }
+    }
+    let _ = disk.flush();
+}
+
+/// What a guest's init looks at to find its root: the kernel's command line in a text of 16 bits of length, then a
+/// disk as [`sparse`] has it.
+pub fn root(input: &[u8]) {
+    let mut input = Input(input);
+    let Some(len) = input.u16() else { return };
+    let line = String::from_utf8_lossy(input.up_to(len.into()));
+    let options = Options::parse(&line);
+    if let Some(root) = &options.root {
+        let _ = Root::parse(root);
+    }
+    let Some(disk) = sparse(&mut input) else { return };
+    for sector in [512, 4096] {
+        for number in [0, 1, 128, u32::MAX] {
+            let _ = partitions::names(&disk, sector, number);
+        }
+    }
+    let len = disk.metadata().map_or(0, |metadata| metadata.len()).min(superblock::PROBED as u64);
+    let mut start = vec![0; len as usize];
+    partitions::Read::read_at(&disk, 0, &mut start).expect("the file is as long as it says");
+    if let Some(found) = superblock::probe(&start) {
+        assert!(found.uuid.is_none_or(|uuid| uuid.len() == 36));
+    }
+}
