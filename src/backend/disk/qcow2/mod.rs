@@ -211,8 +211,10 @@ fn open_file(files: &dyn HostFiles, path: &Path, read_only: bool) -> Result<(Hea
         return if header.dirty { Err(image(ImageError::Dirty)) } else { Ok((header, file, block_size)) };
     }
     header.check_writable().map_err(image)?;
-    if header.dirty {
-        tracing::warn!("disk {}: it was not closed cleanly; its reference counts are made anew", path.display());
+    let sound = repair::counts_are_sound(&file, size, &header).map_err(image)?;
+    if header.dirty || !sound {
+        let why = if header.dirty { "it was not closed cleanly" } else { "its reference counts have gaps" };
+        tracing::warn!("disk {}: {why}; its reference counts are made anew", path.display());
         repair::rebuild_refcounts(&file, size, &header).map_err(image)?;
         set_dirty(&file, false).map_err(|error| image(error.into()))?;
     }

@@ -17,6 +17,23 @@ const MAX_CLUSTERS: u64 = 1 << 26;
 const OFFSET: u64 = 0x00ff_ffff_ffff_fe00;
 const COMPRESSED: u64 = 1 << 62;
 
+/// Are the counts' tables such that they can be worked with? Blocks of counts have to be in the file, each a place of
+/// its own, and to cover the image from its start on without a gap: in a gap, imago would look for room for the block
+/// that is missing in just that block.
+pub fn counts_are_sound(file: &File, file_size: u64, header: &Header) -> Result<bool, ImageError> {
+    let cluster = header.cluster_size();
+    let table = read_padded(file, header.refcount_offset, header.refcount_clusters as usize * cluster as usize)?;
+    let entries = table.chunks_exact(8).map(|entry| u64::from_be_bytes(entry.try_into().expect("eight bytes")));
+    let entries: Vec<u64> = entries.collect();
+    let count = entries.iter().position(|&entry| entry == 0).unwrap_or(entries.len());
+    let (blocks, rest) = entries.split_at(count);
+    let mut places = blocks.to_vec();
+    places.sort_unstable();
+    places.dedup();
+    let in_file = |&at: &u64| at >= cluster && at.is_multiple_of(cluster) && at < file_size;
+    Ok(count > 0 && places.len() == count && places.iter().all(in_file) && rest.iter().all(|&entry| entry == 0))
+}
+
 /// Writes new reference counts for the image, which nobody else uses and which has no snapshots.
 ///
 /// # Errors
