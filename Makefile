@@ -8,7 +8,7 @@ GUEST   := $(CURDIR)/target/guest
 
 # All integration tests but `linux`, which needs real guests and so has a runner of its own.
 NATIVE  := $(filter-out linux,$(notdir $(patsubst %/,%,$(dir $(wildcard tests/*/main.rs))) $(basename $(wildcard tests/*.rs))))
-SCRIPTS := $(shell grep -lE '^\#!/bin/(ba)?sh' .ci/run $$(find tests resources -type f)) \
+SCRIPTS := $(shell grep -lE '^\#!/bin/(ba)?sh' .ci/run $$(find tests resources fuzz -type f)) \
            resources/linux/initrd-init tests/lab/init
 
 .DEFAULT_GOAL := help
