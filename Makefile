@@ -29,7 +29,9 @@ test: setup guest ## run all tests, those with real guests too
 
 lint: ## check format, code and scripts
 	$(CARGO) fmt --check
+	$(CARGO) fmt --check --manifest-path fuzz/Cargo.toml
 	$(CARGO) clippy --all-targets -- -D warnings
+	$(CARGO) clippy --lib --features fuzzing -- -D warnings
 	@if command -v cargo-deny > /dev/null; then $(CARGO) deny check licenses bans sources; \
 	else echo "cargo-deny is not installed: licences go unchecked"; fi
 	@if command -v shellcheck > /dev/null; then echo shellcheck; shellcheck $(SCRIPTS); \

@@ -9,7 +9,7 @@ use crate::kernels::modinfo::tests::module;
 use crate::kernels::package::tests::{ar, package, tar};
 
 fn code() -> Vec<u8> {
-    (0..600u32).map(|n| (n * n >> 3) as u8).collect()
+    (0..600u32).map(|n| ((n * n) >> 3) as u8).collect()
 }
 
 #[test]
