@@ -84,7 +84,7 @@ pub fn root(input: &[u8]) {
     }
     let Some(disk) = sparse(&mut input) else { return };
     for sector in [512, 4096] {
-        for number in [0, 1, 128, u32::MAX] {
+        for number in [0, 1, 2, 128, u32::MAX] {
             let _ = partitions::names(&disk, sector, number);
         }
     }

@@ -68,7 +68,7 @@ fn dos(disk: &impl Read, number: u32) -> Option<Names> {
 }
 
 #[cfg(test)]
-mod tests {
+pub mod tests {
     use super::*;
     use proptest::prelude::*;
 
@@ -81,7 +81,7 @@ mod tests {
         }
     }
 
-    fn disk_with_gpt(sector: usize) -> Vec<u8> {
+    pub fn disk_with_gpt(sector: usize) -> Vec<u8> {
         let mut disk = vec![0; 64 << 10];
         disk[sector..sector + 8].copy_from_slice(b"EFI PART");
         disk[sector + 72] = 2;
