@@ -37,8 +37,9 @@ lint: ## check format, code and scripts
 	@if command -v shellcheck > /dev/null; then echo shellcheck; shellcheck $(SCRIPTS); \
 	else echo "shellcheck is not installed: the scripts go unchecked"; fi
 
-bench: release setup guest ## measure speed and size
+bench: release setup guest ## measure speed and size, and compare with QEMU
 	tests/bench/run
+	tests/bench/compare/run
 
 soak: release setup guest ## run guests for long
 	tests/soak/run
