@@ -28,9 +28,14 @@ const BACKING: &str = "backing";
 
 /// Opens a qcow2 image and uses the disk in it: [`image`] bits, then the file as [`sparse`] has it.
 pub fn qcow2(input: &[u8]) {
+    let _ = open_and_exercise(input);
+}
+
+/// `None` if it was not opened.
+pub fn open_and_exercise(input: &[u8]) -> Option<()> {
     let mut input = Input(input);
-    let Some(bits) = input.u8() else { return };
-    let Some(file) = sparse(&mut input) else { return };
+    let bits = input.u8()?;
+    let file = sparse(&mut input)?;
     let backing = empty();
     backing.set_len(1 << 20).expect("room for a file in memory");
     let files = MemoryFiles::default().with(IMAGE, file).with(BACKING, backing);
@@ -42,11 +47,12 @@ pub fn qcow2(input: &[u8]) {
     let backing = if bits & image::BACKED != 0 { vec![behind] } else { Vec::new() };
     let options = Image { format: Some(DiskFormat::Qcow2), backing };
     let read_only = bits & image::READ_ONLY != 0;
-    let Ok(disk) = Disk::open_image(&files, path, read_only, &options) else { return };
+    let disk = Disk::open_image(&files, path, read_only, &options).ok()?;
     exercise(&disk, read_only);
     if let Some(closer) = disk.closer() {
         closer.close();
     }
+    Some(())
 }
 
 /// Reads, and changes if that is allowed, its start, its middle and its end. The host may refuse any of it.

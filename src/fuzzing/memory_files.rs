@@ -11,7 +11,7 @@ use super::input::Input;
 use crate::backend::{HostFile, HostFiles};
 
 /// Bytes of the largest file that [`sparse`] makes.
-const MAX_SPARSE: u32 = 8 << 20;
+const MAX_SPARSE: u32 = 16 << 20;
 
 /// An empty file in memory.
 ///

@@ -5,8 +5,19 @@ use std::path::Path;
 
 use super::plant;
 use crate::boot::tests::{FORMATS, bzimage, elf, pack};
+use crate::fuzzing::files::{load, select};
 use crate::kernels::modinfo::tests::module;
 use crate::kernels::package::tests::{ar, package, tar};
+
+fn plant_kernel(name: &str, kernel: &[u8]) {
+    assert!(load(kernel).is_ok(), "{name}: {:?}", load(kernel));
+    plant("kernel", name, kernel);
+}
+
+fn plant_package(name: &str, package: &[u8]) {
+    assert!(select(package).is_some_and(|selection| selection.modules.len() == 4), "{name}");
+    plant("package", name, package);
+}
 
 fn code() -> Vec<u8> {
     (0..600u32).map(|n| ((n * n) >> 3) as u8).collect()
@@ -14,10 +25,10 @@ fn code() -> Vec<u8> {
 
 #[test]
 fn kernels_of_every_kind() {
-    plant("kernel", "elf", &elf(&code(), None));
-    plant("kernel", "elf-pvh", &elf(&code(), Some(0x100_0010)));
+    plant_kernel("elf", &elf(&code(), None));
+    plant_kernel("elf-pvh", &elf(&code(), Some(0x100_0010)));
     for format in FORMATS {
-        plant("kernel", &format!("bzimage-{format:?}"), &bzimage(&pack(format, &elf(&code(), None))));
+        plant_kernel(&format!("bzimage-{format:?}"), &bzimage(&pack(format, &elf(&code(), None))));
     }
 }
 
@@ -41,7 +52,7 @@ fn the_setup_of_real_kernels() {
             image[0x248..0x24c].fill(0);
             image[0x24c..0x250].copy_from_slice(&(payload.len() as u32).to_le_bytes());
             image.extend(payload);
-            plant("kernel", &format!("{name}-{format:?}"), &image);
+            plant_kernel(&format!("{name}-{format:?}"), &image);
         }
     }
     if found == 0 {
@@ -63,13 +74,13 @@ fn packages_of_every_compression() {
     ];
     let files: Vec<(&str, &[u8])> = files.iter().map(|(path, content)| (*path, &**content)).collect();
     let data = tar(&files);
-    plant("package", "gz", &package(&files));
-    plant("package", "none", &ar("data.tar", &data));
+    plant_package("gz", &package(&files));
+    plant_package("none", &ar("data.tar", &data));
     let zst = ruzstd::encoding::compress_to_vec(&data[..], ruzstd::encoding::CompressionLevel::Fastest);
-    plant("package", "zst", &ar("data.tar.zst", &zst));
+    plant_package("zst", &ar("data.tar.zst", &zst));
     let mut xz = lzma_rust2::XzWriter::new(Vec::new(), lzma_rust2::XzOptions::with_preset(1)).unwrap();
     std::io::Write::write_all(&mut xz, &data).unwrap();
-    plant("package", "xz", &ar("data.tar.xz", &xz.finish().unwrap()));
+    plant_package("xz", &ar("data.tar.xz", &xz.finish().unwrap()));
 }
 
 #[test]

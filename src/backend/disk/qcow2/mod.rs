@@ -114,13 +114,37 @@ impl Qcow2 {
     }
 
     pub fn discard(&self, offset: u64, len: u64) -> io::Result<()> {
+        if self.is_less_than_a_cluster() {
+            return self.write_zero_bytes(offset, len);
+        }
         self.change(|image, _| image.discard_to_zero(offset, len))
     }
 
     pub fn write_zeroes(&self, offset: u64, len: u64, may_unmap: bool) -> io::Result<()> {
+        if self.is_less_than_a_cluster() {
+            return self.write_zero_bytes(offset, len);
+        }
         self.change(|image, _| match may_unmap {
             true => image.discard_to_zero(offset, len),
             false => image.write_zeroes(offset, len),
+        })
+    }
+
+    /// imago 0.2.6 takes a cluster from the disk's end to find the last whole one, and stops if there is none.
+    fn is_less_than_a_cluster(&self) -> bool {
+        self.header.size < self.header.cluster_size()
+    }
+
+    fn write_zero_bytes(&self, mut offset: u64, len: u64) -> io::Result<()> {
+        let end = offset + len;
+        self.change(|image, chunk| {
+            while offset < end {
+                let part = part_of(chunk, (end - offset) as usize);
+                part.fill(0);
+                image.write(&*part, offset)?;
+                offset += part.len() as u64;
+            }
+            Ok(())
         })
     }
 

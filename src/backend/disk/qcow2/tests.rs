@@ -405,3 +405,26 @@ fn gaps_in_the_counts_are_filled_before_they_are_worked_with() {
         expect_sound(&path);
     }
 }
+
+#[test]
+fn a_disk_of_less_than_a_cluster_is_zeroed_by_writes() {
+    const BYTES: u64 = 16 << 10;
+    let dir = tempfile::tempdir().unwrap();
+    let path = dir.path().join("disk");
+    create(&path, Some(BYTES), DiskFormat::Qcow2, None, false).unwrap();
+    let driven = Driven::new(open(&path, false, &[]).unwrap());
+    let zero: [fn(&Disk) -> io::Result<()>; 3] = [
+        |disk| disk.discard(1024, 2048),
+        |disk| disk.write_zeroes(1024, 2048, false),
+        |disk| disk.write_zeroes(1024, 2048, true),
+    ];
+    for zero in zero {
+        driven.write(0, &[3; BYTES as usize]).unwrap();
+        zero(&driven.disk).unwrap();
+        let mut expected = [3; BYTES as usize];
+        expected[1024..3072].fill(0);
+        assert!(driven.read(0, BYTES as usize).unwrap() == expected);
+    }
+    drop(driven);
+    expect_sound(&path);
+}
