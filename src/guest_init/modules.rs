@@ -1,14 +1,15 @@
 //! Loads the kernel modules that the initrd brings.
 
-use std::fs::{self, File};
+use std::fs;
 use std::path::Path;
 
 use rustix::io::Errno;
-use rustix::system::finit_module;
+use rustix::system::init_module;
 
 use super::{Failure, doing};
 
-/// Where the modules are, uncompressed.
+/// Where the modules are, each an LZ4 block behind its size: unpacking all of an initrd costs more time than unpacking
+/// what is needed of it.
 pub const DIR: &str = "/modules";
 
 /// Lines `GROUP FILE`: what to load for what, dependencies first.
@@ -21,8 +22,9 @@ pub const BASE: &str = "base";
 pub fn load(group: &str) -> Result<(), Failure> {
     let list = fs::read_to_string(Path::new(DIR).join(ORDER)).map_err(doing("read the list of modules"))?;
     for name in list.lines().filter_map(|line| line.strip_prefix(group)?.strip_prefix(' ')) {
-        let file = File::open(Path::new(DIR).join(name)).map_err(doing(format_args!("open the module {name}")))?;
-        match finit_module(&file, c"", 0) {
+        let packed = fs::read(Path::new(DIR).join(name)).map_err(doing(format_args!("read the module {name}")))?;
+        let module = lz4_flex::decompress_size_prepended(&packed);
+        match init_module(&module.map_err(doing(format_args!("unpack the module {name}")))?, c"") {
             // Some modules are for devices that a machine need not have. If one was needed, what needs it will say so.
             Ok(()) | Err(Errno::EXIST | Errno::NODEV | Errno::NXIO | Errno::NOENT) => {}
             Err(error) => eprintln!("tranche init: module {name}: {error}"),

@@ -104,13 +104,13 @@ fn write_initrd(to: File, init: &[u8], selection: &Selection) -> io::Result<()> 
     let modules = MODULES_DIR.trim_start_matches('/');
     archive.directory(modules)?;
     let at = |name: &str| format!("{modules}/{name}");
-    let file = |name: &str| format!("{name}.ko");
+    let file = |name: &str| format!("{name}.ko.lz4");
     let order: String = (selection.groups.iter())
         .flat_map(|(group, names)| names.iter().map(move |name| format!("{group} {}\n", file(name))))
         .collect();
     archive.file(&at(MODULES_ORDER), 0o644, order.as_bytes())?;
     for (name, content) in &selection.modules {
-        archive.file(&at(&file(name)), 0o644, content)?;
+        archive.file(&at(&file(name)), 0o644, &lz4_flex::compress_prepend_size(content))?;
     }
     archive.finish()?;
     Ok(())
