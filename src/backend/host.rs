@@ -9,6 +9,7 @@ use std::io;
 use std::os::unix::fs::{FileTypeExt, OpenOptionsExt};
 use std::os::unix::net::{UnixListener, UnixStream};
 use std::path::{Path, PathBuf};
+use std::process::{Child, Command};
 
 /// A host resource a VM can ask for.
 #[derive(Debug, Clone, PartialEq, Eq)]
@@ -46,6 +47,14 @@ pub trait HostFiles: Send + Sync {
     /// # Errors
     /// Whatever the host says about the file.
     fn open(&self, file: &HostFile) -> io::Result<File>;
+
+    /// Starts a program that is to work for the VM, as a child of whoever holds the rights.
+    ///
+    /// # Errors
+    /// `NotFound` when it is not installed.
+    fn start(&self, program: &mut Command) -> io::Result<Child> {
+        program.spawn()
+    }
 
     /// Listens on a unix socket at `path`. A socket file that nobody listens on any more is replaced.
     ///

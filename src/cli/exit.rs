@@ -41,6 +41,7 @@ pub enum Exit {
     NoSuchTap = 40,
     TapUnusable = 41,
     NoVhost = 42,
+    NoUserNetwork = 43,
     Serial = 50,
     NoSuchKernel = 60,
     KernelExists = 61,
@@ -99,6 +100,7 @@ fn judge(error: &MachineError) -> (Exit, Option<String>) {
             let exit = if matches!(error, TapError::NoSuchTap(_)) { Exit::NoSuchTap } else { Exit::TapUnusable };
             (exit, error.hint())
         }
+        MachineError::Passt(error) => (Exit::NoUserNetwork, error.hint().map(str::to_owned)),
         MachineError::Vhost(error) => (Exit::NoVhost, error.hint().map(str::to_owned)),
         MachineError::Serial { source, .. } if source.kind() == io::ErrorKind::AddrInUse => {
             (Exit::Serial, hint("another VM listens there, or it is no socket: give another path"))

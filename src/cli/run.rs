@@ -58,8 +58,9 @@ pub struct RunArgs {
     #[arg(long, value_name = "SIZE", default_value = "256M")]
     memory: MemorySize,
 
-    /// Network card on an existing tap, with up to 16 pairs of queues; may be repeated
-    #[arg(long, value_name = "tap=NAME[,mac=ADDRESS][,mtu=BYTES][,queues=N][,vhost=on|off]")]
+    /// Network card; may be repeated. In a network of its own, without rights (through passt): user[,forward=tcp|udp:HOSTPORT:GUESTPORT]...
+    /// [,host=on|off]. On an existing tap: tap=NAME[,queues=N][,vhost=on|off]. Either takes mac=ADDRESS and mtu=BYTES
+    #[arg(long, value_name = "user|tap=NAME[,OPTION]...")]
     net: Vec<NetConfig>,
 
     /// How the guest reaches its virtio devices. With mmio there is no PCI at all, unless mmio,pci asks for an empty root

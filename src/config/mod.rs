@@ -3,6 +3,7 @@
 mod options;
 mod units;
 
+use std::fmt;
 use std::path::PathBuf;
 
 use thiserror::Error;
@@ -19,6 +20,8 @@ pub const MAX_DEVICES: usize = 31;
 pub const MAX_DISK_QUEUES: u16 = 16;
 /// Most queue pairs of one network card.
 pub const MAX_NET_QUEUES: u16 = 16;
+/// Largest MTU in a user network, in bytes.
+pub const MAX_USER_MTU: u16 = 65_520;
 /// Kernel arguments that come before the user's own.
 pub const DEFAULT_CMDLINE: &str = "console=ttyS0 panic=1";
 
@@ -40,8 +43,16 @@ pub enum ConfigError {
     OptionValue { key: &'static str, value: String, takes: &'static str },
     #[error("a path is missing")]
     NoPath,
-    #[error("a tap is missing: give tap=NAME")]
-    NoTap,
+    #[error("a back end is missing: give tap=NAME, or user")]
+    NoNetBackend,
+    #[error("a card is on a tap or in a user network, not both")]
+    TwoNetBackends,
+    #[error("option '{key}' belongs to {backend}")]
+    OptionOfOther { key: &'static str, backend: &'static str },
+    #[error("'{0}' is no forward: give tcp:HOSTPORT:GUESTPORT or udp:HOSTPORT:GUESTPORT, such as tcp:8080:80")]
+    Forward(String),
+    #[error("{protocol} port {port} is forwarded twice")]
+    RepeatedForward { protocol: ForwardedProtocol, port: u16 },
     #[error("disk id '{0}' is not 1 to 20 characters of a-z, A-Z, 0-9, '_', '-' and '.'")]
     DiskId(String),
     #[error("backing-format belongs behind the backing=PATH it is about")]
@@ -151,15 +162,59 @@ pub enum IoEngine {
 
 #[derive(Debug, Clone, PartialEq, Eq)]
 pub struct NetConfig {
-    pub tap: String,
+    pub backend: NetBackend,
     /// Random when absent.
     pub mac: Option<MacAddress>,
-    /// The tap's when absent.
+    /// The back end's when absent.
     pub mtu: Option<u16>,
+}
+
+/// Where a card's frames go.
+#[derive(Debug, Clone, PartialEq, Eq)]
+pub enum NetBackend {
+    Tap(TapNetwork),
+    User(UserNetwork),
+}
+
+/// A tap of the host's network.
+#[derive(Debug, Clone, PartialEq, Eq)]
+pub struct TapNetwork {
+    pub name: String,
     /// Pairs of queues, each on a queue of the tap.
     pub queues: u16,
     /// Do the frames move within the host's kernel?
     pub vhost: bool,
+}
+
+/// A network of the guest's own, whose connections are sockets of the user.
+#[derive(Debug, Clone, PartialEq, Eq, Default)]
+pub struct UserNetwork {
+    pub forwards: Vec<Forward>,
+    /// Does the guest reach what listens on the host's loopback?
+    pub host: bool,
+}
+
+/// A port of the host's loopback that leads to one of the guest.
+#[derive(Debug, Clone, Copy, PartialEq, Eq)]
+pub struct Forward {
+    pub protocol: ForwardedProtocol,
+    pub host_port: u16,
+    pub guest_port: u16,
+}
+
+#[derive(Debug, Clone, Copy, PartialEq, Eq)]
+pub enum ForwardedProtocol {
+    Tcp,
+    Udp,
+}
+
+impl fmt::Display for ForwardedProtocol {
+    fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
+        f.write_str(match self {
+            Self::Tcp => "tcp",
+            Self::Udp => "udp",
+        })
+    }
 }
 
 /// Where the serial port goes.
@@ -196,8 +251,19 @@ impl VmConfig {
         if let Some(mac) = repeated(self.nics.iter().filter_map(|n| n.mac.as_ref())) {
             return Err(ConfigError::RepeatedMac(*mac));
         }
-        if let Some(tap) = repeated(self.nics.iter().map(|n| &n.tap)) {
-            return Err(ConfigError::RepeatedTap(tap.clone()));
+        let taps = self.nics.iter().filter_map(|nic| match &nic.backend {
+            NetBackend::Tap(tap) => Some(&tap.name),
+            NetBackend::User(_) => None,
+        });
+        if let Some(name) = repeated(taps) {
+            return Err(ConfigError::RepeatedTap(name.clone()));
+        }
+        let forwards = self.nics.iter().filter_map(|nic| match &nic.backend {
+            NetBackend::User(network) => Some(&network.forwards),
+            NetBackend::Tap(_) => None,
+        });
+        if let Some((protocol, port)) = repeated(forwards.flatten().map(|f| (f.protocol, f.host_port))) {
+            return Err(ConfigError::RepeatedForward { protocol, port });
         }
         Ok(())
     }
@@ -268,6 +334,11 @@ mod tests {
         assert_eq!(VmConfig { disks, ..config() }.validate(), Err(ConfigError::RepeatedDiskId("x".into())));
         let nics = vec!["tap=t0".parse().unwrap(), "tap=t0".parse().unwrap()];
         assert_eq!(VmConfig { nics, ..config() }.validate(), Err(ConfigError::RepeatedTap("t0".into())));
+        let nics = vec!["user,forward=tcp:80:1".parse().unwrap(), "user,forward=tcp:80:2".parse().unwrap()];
+        let twice = ConfigError::RepeatedForward { protocol: ForwardedProtocol::Tcp, port: 80 };
+        assert_eq!(VmConfig { nics, ..config() }.validate(), Err(twice));
+        let nics = vec!["user,forward=tcp:80:1".parse().unwrap(), "user,forward=udp:80:1".parse().unwrap()];
+        assert_eq!(VmConfig { nics, ..config() }.validate(), Ok(()));
         let nics: Vec<NetConfig> =
             vec!["tap=t0,mac=02:0:0:0:0:1".parse().unwrap(), "tap=t1,mac=02:00:00:00:00:01".parse().unwrap()];
         assert!(matches!(VmConfig { nics, ..config() }.validate(), Err(ConfigError::RepeatedMac(_))));

@@ -6,18 +6,19 @@ use std::path::PathBuf;
 use std::str::FromStr;
 
 use super::{
-    Backing, CacheMode, ConfigError, DiskConfig, DiskFormat, Image, IoEngine, MAX_DISK_QUEUES, MAX_NET_QUEUES,
-    NetConfig, SerialConfig, Transport,
+    Backing, CacheMode, ConfigError, DiskConfig, DiskFormat, Forward, ForwardedProtocol, Image, IoEngine,
+    MAX_DISK_QUEUES, MAX_NET_QUEUES, MAX_USER_MTU, NetBackend, NetConfig, SerialConfig, TapNetwork, Transport,
+    UserNetwork,
 };
 
-/// The parts of an option text, each at most once but for a disk's backing files.
+/// The parts of an option text, each at most once but for a disk's backing files and a network's forwards.
 struct Parts {
     /// Text before the first comma, and the `key[=value]` parts after it.
     first: String,
     rest: Vec<(String, Option<String>)>,
 }
 
-const REPEATED: [&str; 2] = ["backing", "backing-format"];
+const REPEATED: [&str; 3] = ["backing", "backing-format", "forward"];
 
 impl Parts {
     fn split(text: &str) -> Result<Self, ConfigError> {
@@ -191,36 +192,84 @@ fn disk_queues(value: String) -> Result<u16, ConfigError> {
     queues.ok_or(ConfigError::OptionValue { key: "queues", value, takes: "1 to 16" })
 }
 
+const NET_OPTIONS: &str = "tap, queues and vhost, or user, forward and host, with mac and mtu";
+
 impl FromStr for NetConfig {
     type Err = ConfigError;
 
-    /// `tap=NAME[,mac=ADDRESS][,mtu=BYTES][,queues=N][,vhost=on|off]`, in any order
+    /// `tap=NAME[,queues=N][,vhost=on|off]` or `user[,forward=tcp|udp:HOSTPORT:GUESTPORT]...[,host=on|off]`, with
+    /// `[,mac=ADDRESS][,mtu=BYTES]`, in any order
     fn from_str(text: &str) -> Result<Self, ConfigError> {
         // All parts are keyed, so the first one is like the others.
         let Parts { rest, .. } = Parts::split(&format!(",{text}"))?;
-        let (mut tap, mut mac, mut mtu, mut queues, mut vhost) = (None, None, None, 1, false);
+        let (mut name, mut queues, mut vhost) = (None, None, None);
+        let (mut user, mut host, mut forwards) = (false, None, Vec::new());
+        let (mut mac, mut mtu) = (None, None);
         for (key, value) in rest {
-            if key == "vhost" {
-                vhost = flag("vhost", value.as_deref())?;
-                continue;
-            }
-            let value = value.unwrap_or_default();
-            match key.as_str() {
-                "tap" => tap = Some(value),
-                "mac" => mac = Some(value.parse()?),
-                "mtu" => {
+            match (key.as_str(), value) {
+                ("vhost", value) => vhost = Some(flag("vhost", value.as_deref())?),
+                ("host", value) => host = Some(flag("host", value.as_deref())?),
+                ("user", value) => user = flag("user", value.as_deref())?,
+                ("forward", value) => forwards.push(value.unwrap_or_default().parse()?),
+                ("tap", value) => name = value.filter(|name| !name.is_empty()),
+                ("mac", value) => mac = Some(value.unwrap_or_default().parse()?),
+                ("mtu", value) => {
+                    let value = value.unwrap_or_default();
                     let bytes = value.parse().ok().filter(|&m: &u16| m >= 68);
                     mtu = Some(bytes.ok_or(ConfigError::Mtu(value))?);
                 }
-                "queues" => {
+                ("queues", value) => {
+                    let value = value.unwrap_or_default();
                     let count = value.parse().ok().filter(|n| (1..=MAX_NET_QUEUES).contains(n));
-                    queues = count.ok_or(ConfigError::OptionValue { key: "queues", value, takes: "1 to 16" })?;
+                    queues = Some(count.ok_or(ConfigError::OptionValue { key: "queues", value, takes: "1 to 16" })?);
                 }
-                _ => return Err(ConfigError::UnknownOption { key, known: "tap, mac, mtu, queues and vhost" }),
+                _ => return Err(ConfigError::UnknownOption { key, known: NET_OPTIONS }),
             }
         }
-        let tap = tap.filter(|t| !t.is_empty()).ok_or(ConfigError::NoTap)?;
-        Ok(Self { tap, mac, mtu, queues, vhost })
+        let of_user = (host.map(|_| "host")).or((!forwards.is_empty()).then_some("forward"));
+        let of_tap = queues.map(|_| "queues").or(vhost.map(|_| "vhost"));
+        let backend = match (name, user) {
+            (None, false) => return Err(ConfigError::NoNetBackend),
+            (Some(_), true) => return Err(ConfigError::TwoNetBackends),
+            (Some(name), false) => {
+                let tap = TapNetwork { name, queues: queues.unwrap_or(1), vhost: vhost.unwrap_or(false) };
+                other_backend(of_user, "a user network")?;
+                NetBackend::Tap(tap)
+            }
+            (None, true) => {
+                other_backend(of_tap, "a tap")?;
+                if let Some(mtu) = mtu.filter(|&mtu| mtu > MAX_USER_MTU) {
+                    let (value, takes) = (mtu.to_string(), "68 to 65520 in a user network");
+                    return Err(ConfigError::OptionValue { key: "mtu", value, takes });
+                }
+                NetBackend::User(UserNetwork { forwards, host: host.unwrap_or(false) })
+            }
+        };
+        Ok(Self { backend, mac, mtu })
+    }
+}
+
+fn other_backend(key: Option<&'static str>, backend: &'static str) -> Result<(), ConfigError> {
+    key.map_or(Ok(()), |key| Err(ConfigError::OptionOfOther { key, backend }))
+}
+
+impl FromStr for Forward {
+    type Err = ConfigError;
+
+    /// `tcp:HOSTPORT:GUESTPORT` or `udp:HOSTPORT:GUESTPORT`
+    fn from_str(text: &str) -> Result<Self, ConfigError> {
+        let port = |text: &str| text.parse().ok().filter(|&port: &u16| port != 0);
+        let parse = || {
+            let (protocol, ports) = text.split_once(':')?;
+            let (host, guest) = ports.split_once(':')?;
+            let protocol = match protocol {
+                "tcp" => ForwardedProtocol::Tcp,
+                "udp" => ForwardedProtocol::Udp,
+                _ => return None,
+            };
+            Some(Self { protocol, host_port: port(host)?, guest_port: port(guest)? })
+        };
+        parse().ok_or_else(|| ConfigError::Forward(text.into()))
     }
 }
 
@@ -337,23 +386,44 @@ mod tests {
     #[test]
     fn nics() {
         let nic: NetConfig = "mtu=9000,tap=t0,mac=02:00:00:00:00:01".parse().unwrap();
-        assert_eq!(nic.tap, "t0");
+        let tap = |queues, vhost| NetBackend::Tap(TapNetwork { name: "t0".into(), queues, vhost });
+        assert_eq!(nic.backend, tap(1, false));
         assert_eq!(nic.mtu, Some(9000));
         assert_eq!(nic.mac.unwrap().to_string(), "02:00:00:00:00:01");
-        assert_eq!((nic.queues, nic.vhost), (1, false));
-        let nic: NetConfig = "tap=t0,queues=16,vhost=on".parse().unwrap();
-        assert_eq!((nic.queues, nic.vhost), (16, true));
+        assert_eq!("tap=t0,queues=16,vhost=on".parse::<NetConfig>().unwrap().backend, tap(16, true));
         for (text, ok) in [("vhost", true), ("vhost=off", true), ("vhost=", false), ("queues=0", false)] {
             assert_eq!(format!("tap=t,{text}").parse::<NetConfig>().is_ok(), ok, "{text}");
         }
         for text in ["queues=17", "queues", "queues=-1", "vhost=on,vhost=on"] {
             assert!(format!("tap=t,{text}").parse::<NetConfig>().is_err(), "{text}");
         }
-        assert_eq!("tap=".parse::<NetConfig>(), Err(ConfigError::NoTap));
-        assert_eq!("mtu=1500".parse::<NetConfig>(), Err(ConfigError::NoTap));
         for mtu in ["67", "65536", "x", ""] {
             assert_eq!(format!("tap=t,mtu={mtu}").parse::<NetConfig>(), Err(ConfigError::Mtu(mtu.into())));
         }
+        for text in ["tap=", "mtu=1500", "forward=tcp:1:1", ""] {
+            let error = text.parse::<NetConfig>().unwrap_err();
+            assert!(matches!(error, ConfigError::NoNetBackend | ConfigError::UnknownOption { .. }), "{text}: {error}");
+        }
+    }
+
+    #[test]
+    fn user_networks() {
+        let nic: NetConfig = "user,forward=tcp:8080:80,mtu=1500,forward=udp:1:65535,host=on".parse().unwrap();
+        let forward = |protocol, host_port, guest_port| Forward { protocol, host_port, guest_port };
+        let forwards = vec![forward(ForwardedProtocol::Tcp, 8080, 80), forward(ForwardedProtocol::Udp, 1, 65535)];
+        assert_eq!(nic.backend, NetBackend::User(UserNetwork { forwards, host: true }));
+        assert_eq!("user".parse::<NetConfig>().unwrap().backend, NetBackend::User(UserNetwork::default()));
+        for text in ["", "tcp", "tcp:80", "tcp:0:80", "tcp:80:0", "tcp:65536:1", "sctp:1:1", "tcp:1:1:1", "tcp:a:b"] {
+            let error = format!("user,forward={text}").parse::<NetConfig>().unwrap_err();
+            assert_eq!(error, ConfigError::Forward(text.into()));
+        }
+        let other = |key, backend| Err(ConfigError::OptionOfOther { key, backend });
+        assert_eq!("user,queues=2".parse::<NetConfig>(), other("queues", "a tap"));
+        assert_eq!("user,vhost=off".parse::<NetConfig>(), other("vhost", "a tap"));
+        assert_eq!("tap=t,host=on".parse::<NetConfig>(), other("host", "a user network"));
+        assert_eq!("tap=t,forward=tcp:1:1".parse::<NetConfig>(), other("forward", "a user network"));
+        assert_eq!("tap=t,user".parse::<NetConfig>(), Err(ConfigError::TwoNetBackends));
+        assert!(matches!("user,mtu=65521".parse::<NetConfig>(), Err(ConfigError::OptionValue { key: "mtu", .. })));
     }
 
     #[test]

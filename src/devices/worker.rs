@@ -53,9 +53,9 @@ pub trait Engine: Send {
     /// as it is.
     fn stop(&mut self, _queue: &mut Virtqueue) {}
 
-    /// A descriptor that brings work for a queue, besides the driver's kicks.
-    fn source(&self) -> Option<Source> {
-        None
+    /// Descriptors that bring work for queues, besides the driver's kicks: one a queue at most, and none twice.
+    fn sources(&self) -> Vec<Source> {
+        Vec::new()
     }
 }
 
@@ -65,6 +65,8 @@ pub struct Source {
     pub queue: u16,
     /// Open as long as the engine lives.
     pub fd: RawFd,
+    /// What it is listened to for.
+    pub events: EventSet,
     /// Listened to at all times, because it speaks only of what the engine has begun itself; else only after
     /// [`Served::NoWork`].
     pub always: bool,
@@ -158,17 +160,17 @@ impl Worker {
         let bell = EventFd::new(EFD_NONBLOCK | EFD_CLOEXEC)?;
         let epoll = Epoll::new()?;
         watch(&epoll, ControlOperation::Add, bell.as_raw_fd(), BELL, EventSet::IN)?;
-        let source = engine.source();
-        if let Some(Source { queue, fd, always }) = source {
-            let slot = queues.iter().position(|&(index, _)| index == queue).ok_or(io::ErrorKind::InvalidInput)?;
-            let events = if always { EventSet::IN } else { EventSet::empty() };
-            watch(&epoll, ControlOperation::Add, fd, slot as u64, events)?;
+        let mut slots: Vec<_> =
+            queues.iter().chain(&other).map(|&(index, _)| Slot { index, running: None, source: None }).collect();
+        for source in engine.sources() {
+            let slot = slots.iter().position(|slot| slot.index == source.queue).ok_or(io::ErrorKind::InvalidInput)?;
+            let events = if source.always { source.events } else { EventSet::empty() };
+            watch(&epoll, ControlOperation::Add, source.fd, slot as u64, events)?;
+            slots[slot].source = (!source.always).then_some(Listener { source, listening: false });
         }
         let called = Arc::new(AtomicBool::new(false));
         let (commands, inbox) = mpsc::channel();
-        let slots = queues.iter().chain(&other).map(|&(index, _)| Slot { index, running: None }).collect();
-        let service =
-            Service { engine, epoll, slots, ready: 0, source, listening: false, called: called.clone(), inbox };
+        let service = Service { engine, epoll, slots, ready: 0, called: called.clone(), inbox };
         let thread = std::thread::Builder::new().name(name.into()).stack_size(STACK).spawn(move || service.run())?;
         Ok(Self { queues: queues.to_vec(), other, commands, called, bell, stopping: Vec::new(), thread: Some(thread) })
     }
@@ -257,6 +259,13 @@ struct Running {
 struct Slot {
     index: u16,
     running: Option<Box<Running>>,
+    source: Option<Listener>,
+}
+
+/// A source that is listened to at times.
+struct Listener {
+    source: Source,
+    listening: bool,
 }
 
 /// `epoll` data of the bell; all else is the slot of the queue that has work.
@@ -269,9 +278,6 @@ struct Service {
     slots: Vec<Slot>,
     /// One bit per slot whose queue has to be served.
     ready: u64,
-    /// The engine's source, and whether it is listened to.
-    source: Option<Source>,
-    listening: bool,
     called: Arc<AtomicBool>,
     inbox: Receiver<Command>,
 }
@@ -366,17 +372,18 @@ impl Service {
         }
     }
 
-    /// Listens to the engine's source, or no longer, if it works for this queue.
+    /// Listens to a queue's source, if it has one, or no longer.
     fn listen(&mut self, slot: usize, listen: bool) {
-        let index = self.slots[slot].index;
-        let ours = |source: &Source| source.queue == index && !source.always;
-        let Some(source) = self.source.filter(|source| ours(source) && self.listening != listen) else { return };
+        let Some(Listener { source, listening }) = &mut self.slots[slot].source else { return };
+        if *listening == listen {
+            return;
+        }
         // A change of events looks at the descriptor anew: what came meanwhile is not lost.
-        let events = if listen { EventSet::IN } else { EventSet::empty() };
+        let events = if listen { source.events } else { EventSet::empty() };
         if let Err(error) = watch(&self.epoll, ControlOperation::Modify, source.fd, slot as u64, events) {
             tracing::error!("a device's host side cannot be watched: {error}");
         }
-        self.listening = listen;
+        *listening = listen;
     }
 
     /// The transport holds the same eventfd, so that closing our descriptor would not end the watch.

@@ -6,9 +6,10 @@ use super::board::Board;
 use super::error::MachineError;
 use crate::backend::HostFiles;
 use crate::backend::disk::{Disk, DiskCloser};
+use crate::backend::passt::Passt;
 use crate::backend::tap::Tap;
 use crate::backend::vhost::VhostNet;
-use crate::config::{DiskConfig, NetConfig, Transport, VmConfig};
+use crate::config::{DiskConfig, MAX_USER_MTU, MacAddress, NetBackend, NetConfig, Transport, VmConfig};
 use crate::devices::block::{BlockOptions, Rings};
 use crate::devices::net::NetOptions;
 use crate::devices::{Front, block, net, rng};
@@ -101,9 +102,23 @@ fn open_block(
 }
 
 fn open_net(index: usize, config: &NetConfig, host: &dyn HostFiles) -> Result<Front, MachineError> {
-    let taps = Tap::attach(host, &config.tap, config.queues)?;
-    let vhosts = if config.vhost { config.queues } else { 0 };
-    let vhosts = (0..vhosts).map(|_| VhostNet::open(host)).collect::<Result<_, _>>()?;
-    let options = NetOptions { mac: config.mac, mtu: config.mtu };
-    net::device(format!("net{index}"), taps, vhosts, options).map_err(MachineError::host("make a network card"))
+    let name = format!("net{index}");
+    let failed = MachineError::host("make a network card");
+    let options = NetOptions { mac: config.mac, mtu: config.mtu, shape: None };
+    match &config.backend {
+        NetBackend::Tap(tap) => {
+            let taps = Tap::attach(host, &tap.name, tap.queues)?;
+            let vhosts = if tap.vhost { tap.queues } else { 0 };
+            let vhosts = (0..vhosts).map(|_| VhostNet::open(host)).collect::<Result<_, _>>()?;
+            net::device(name, taps, vhosts, options).map_err(failed)
+        }
+        NetBackend::User(network) => {
+            let mac = match config.mac {
+                Some(mac) => mac,
+                None => MacAddress(net::random_mac().map_err(MachineError::host("find a MAC address"))?),
+            };
+            let passt = Passt::start(host, network, config.mtu.unwrap_or(MAX_USER_MTU), mac.0)?;
+            net::user_device(name, passt, NetOptions { mac: Some(mac), ..options }).map_err(failed)
+        }
+    }
 }

@@ -6,6 +6,7 @@ use std::path::PathBuf;
 use thiserror::Error;
 
 use crate::backend::disk::DiskError;
+use crate::backend::passt::PasstError;
 use crate::backend::tap::TapError;
 use crate::backend::vhost::VhostError;
 use crate::boot::BootError;
@@ -30,6 +31,8 @@ pub enum MachineError {
     Tap(#[from] TapError),
     #[error(transparent)]
     Vhost(#[from] VhostError),
+    #[error(transparent)]
+    Passt(#[from] PasstError),
     #[error("cannot open the serial port's output {}", path.display())]
     Serial { path: PathBuf, source: io::Error },
     #[error(transparent)]

@@ -283,6 +283,16 @@ impl IoBuf {
         cvt(|| unsafe { libc::writev(fd, self.vecs.as_ptr(), self.count()) })
     }
 
+    /// `writev` of `before` and then all buffers.
+    pub fn write_behind(&mut self, before: &[u8], fd: impl AsFd) -> io::Result<usize> {
+        self.vecs.insert(0, libc::iovec { iov_base: before.as_ptr().cast_mut().cast(), iov_len: before.len() });
+        let fd = fd.as_fd().as_raw_fd();
+        // SAFETY: as in `write_at`; the first vector is `before`, which outlives the call and is only read.
+        let result = cvt(|| unsafe { libc::writev(fd, self.vecs.as_ptr(), self.count()) });
+        self.vecs.remove(0);
+        result
+    }
+
     /// The vectors and their number, `IOV_MAX` at most, for a system call that outlasts this one: whoever makes it
     /// keeps the list as it is meanwhile.
     #[must_use]

@@ -225,6 +225,11 @@ impl Virtqueue {
         self.queue.enable_notification(&*self.ram).unwrap_or(false)
     }
 
+    /// Tells the driver that the device's configuration space has changed.
+    pub fn config_changed(&self) {
+        self.events.config_changed();
+    }
+
     /// Reports a broken ring to the driver. The caller stops using the queue.
     pub fn broken(&self, error: &RingError) {
         self.events.needs_reset(&format_args!("queue {}: {error}", self.index));

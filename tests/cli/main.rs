@@ -17,3 +17,4 @@ mod package;
 mod serial;
 mod taps;
 mod usage;
+mod user_network;

@@ -15,3 +15,4 @@ mod mmio;
 mod net;
 mod queues;
 mod small_kernel;
+mod user_network;

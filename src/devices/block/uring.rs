@@ -8,6 +8,8 @@ use std::io;
 
 use super::request::{Answer, Failure, Request};
 use super::sync::SyncEngine;
+use vmm_sys_util::epoll::EventSet;
+
 use crate::backend::disk::uring::{Operation, Uring};
 use crate::devices::worker::{Engine, Served, Source, Turn};
 use crate::memory::Ram;
@@ -180,7 +182,7 @@ impl Engine for UringEngine {
         self.ring.release();
     }
 
-    fn source(&self) -> Option<Source> {
-        Some(Source { queue: self.index, fd: self.ring.fd(), always: true })
+    fn sources(&self) -> Vec<Source> {
+        vec![Source { queue: self.index, fd: self.ring.fd(), events: EventSet::IN, always: true }]
     }
 }

@@ -21,6 +21,7 @@ const PATIENCE: Duration = Duration::from_secs(5);
 #[derive(Default)]
 pub struct TestEvents {
     interrupts: [AtomicU32; 16],
+    config_changes: AtomicU32,
     broken: Mutex<Option<String>>,
     news: Condvar,
 }
@@ -28,6 +29,10 @@ pub struct TestEvents {
 impl TestEvents {
     pub fn interrupts(&self, queue: u16) -> u32 {
         self.interrupts[usize::from(queue)].load(Ordering::SeqCst)
+    }
+
+    pub fn config_changes(&self) -> u32 {
+        self.config_changes.load(Ordering::SeqCst)
     }
 
     pub fn broken(&self) -> Option<String> {
@@ -49,7 +54,11 @@ impl DeviceEvents for TestEvents {
         self.news.notify_all();
     }
 
-    fn config_changed(&self) {}
+    fn config_changed(&self) {
+        let _news = self.broken.lock().unwrap();
+        self.config_changes.fetch_add(1, Ordering::SeqCst);
+        self.news.notify_all();
+    }
 
     fn needs_reset(&self, why: &dyn std::fmt::Display) {
         *self.broken.lock().unwrap() = Some(why.to_string());

@@ -7,6 +7,7 @@ mod net;
 mod pairs;
 mod random;
 pub mod specimens;
+mod user;
 
 use driver::{INDIRECT, NEXT, Ring, WRITE, memory};
 use specimens::{Specimen, specimens};
@@ -140,7 +141,7 @@ fn stopped_in_mid_flight_it_goes_on_where_it_was() {
 
 #[test]
 fn a_state_moves_to_another_device() {
-    for mut bench in benches() {
+    for mut bench in benches().filter(|bench| bench.specimen.outlives_the_device()) {
         for _ in 0..8 {
             bench.make(true);
         }
@@ -292,7 +293,7 @@ fn chains_without_a_byte_do_no_harm() {
         }
         bench.ring.kick();
         // A receiver keeps them for later; everyone else gives them back.
-        if bench.specimen.name() == "net, receiving" {
+        if bench.specimen.name().starts_with("net, receiving") {
             bench.device.stop_queue(0).unwrap();
         } else {
             assert_eq!(bench.ring.wait_used(2), [(60, 0), (61, 0)], "{}", bench.specimen.name());

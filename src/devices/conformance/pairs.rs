@@ -1,6 +1,7 @@
 //! A card of several pairs on a real tap, and its control queue.
 
 use std::net::UdpSocket;
+use std::process::Command;
 use std::time::{Duration, Instant};
 
 use virtio_bindings::virtio_net as net;
@@ -43,7 +44,7 @@ impl Card {
             }
         };
         let taps = Tap::attach(&OpenDirectly, "tap0", 2).unwrap();
-        let options = NetOptions { mac: Some(crate::config::MacAddress(MAC)), mtu: None };
+        let options = NetOptions { mac: Some(crate::config::MacAddress(MAC)), mtu: None, shape: None };
         Some(Self { front: device("net0".into(), taps, vhosts, options).unwrap(), ram: memory() })
     }
 
@@ -88,6 +89,12 @@ const FLOWS: usize = 32;
 
 /// Sends a datagram from each of as many ports, and counts those that each receiver gets, with the flags of the last.
 fn spread(receivers: &mut [&mut Ring]) -> (Vec<usize>, u8) {
+    // An interface that has just got its first reader sends nothing before the kernel comes round to it.
+    let up = || Command::new("ip").args(["-o", "link", "show", "tap0"]).output().unwrap().stdout;
+    let waiting = Instant::now();
+    while !String::from_utf8_lossy(&up()).contains("state UP") {
+        assert!(waiting.elapsed() < Duration::from_secs(10), "tap0 does not come up");
+    }
     for _ in 0..FLOWS {
         UdpSocket::bind("10.0.0.1:0").unwrap().send_to(b"are you there", "10.0.0.2:7").unwrap();
     }

@@ -9,10 +9,10 @@ use tempfile::NamedTempFile;
 use vm_memory::{Bytes, GuestAddress};
 
 use super::driver::{Buffer, readable, writable};
-use crate::backend::{Disk, OpenDirectly, Tap};
+use crate::backend::{Disk, OpenDirectly, Passt, Tap};
 use crate::config::{CacheMode, IoEngine};
 use crate::devices::block::{BlockOptions, Rings, SyncEngine};
-use crate::devices::net::{Card, NetOptions, PairEngine};
+use crate::devices::net::{Card, NetOptions, PairEngine, UserEngine};
 use crate::devices::rng::RngEngine;
 use crate::devices::worker::Engine;
 use crate::devices::{Front, block, net, rng};
@@ -32,6 +32,10 @@ pub trait Specimen {
     fn in_order(&self) -> bool {
         true
     }
+    /// Does a request that is under way outlive its device?
+    fn outlives_the_device(&self) -> bool {
+        true
+    }
     /// Builds request `n` in the 4 KiB at `at`.
     fn prepare(&mut self, ram: &Ram, n: u32, at: u64) -> Vec<Buffer>;
     /// Does what the host has to do before the device can answer request `n`.
@@ -41,9 +45,11 @@ pub trait Specimen {
 }
 
 pub fn specimens() -> Vec<Box<dyn Specimen>> {
-    let others: [Box<dyn Specimen>; 4] = [
+    let others: [Box<dyn Specimen>; 6] = [
         Box::new(Receive(Packets::new())),
         Box::new(Send(Packets::new())),
+        Box::new(Receive(Packets::by_stream())),
+        Box::new(Send(Packets::by_stream())),
         Box::new(Commands(Packets::new())),
         Box::new(Entropy),
     ];
@@ -187,8 +193,10 @@ impl Specimen for DiskRequests {
 pub struct Packets {
     name: &'static str,
     mtu: u16,
+    /// Between frames there is nothing but their lengths, as with passt; else packets, as with a tap.
+    stream: bool,
     theirs: OwnedFd,
-    ours: std::fs::File,
+    pub ours: std::fs::File,
 }
 
 impl Packets {
@@ -198,20 +206,57 @@ impl Packets {
 
     /// Of a device called `name`, whose tap has that MTU.
     pub fn with(name: &'static str, mtu: u16) -> Self {
-        let (theirs, ours) =
-            socketpair(AddressFamily::UNIX, SocketType::SEQPACKET, SocketFlags::NONBLOCK, None).unwrap();
-        Self { name, mtu, theirs, ours: ours.into() }
+        Self::over(SocketType::SEQPACKET, name, mtu)
+    }
+
+    /// Of a device in a user network.
+    pub fn by_stream() -> Self {
+        Self::over(SocketType::STREAM, "net0", 1500)
+    }
+
+    fn over(kind: SocketType, name: &'static str, mtu: u16) -> Self {
+        let (theirs, ours) = socketpair(AddressFamily::UNIX, kind, SocketFlags::NONBLOCK, None).unwrap();
+        Self { name, mtu, stream: kind == SocketType::STREAM, theirs, ours: ours.into() }
     }
 
     fn tap(&self) -> Tap {
         Tap::from_packets(self.theirs.try_clone().unwrap(), self.mtu)
     }
 
+    fn passt(&self) -> Passt {
+        Passt::played_by(self.theirs.try_clone().unwrap().into(), self.mtu)
+    }
+
+    /// Our end, for a reader that waits.
+    pub fn reader(&self) -> std::os::unix::net::UnixStream {
+        let reader = std::os::unix::net::UnixStream::from(OwnedFd::from(self.ours.try_clone().unwrap()));
+        reader.set_nonblocking(false).unwrap();
+        reader
+    }
+
+    /// Our end hangs up; its place is taken by one that is connected to nothing.
+    pub fn hang_up(&mut self) {
+        self.ours = std::fs::File::open("/dev/null").unwrap();
+    }
+
     pub fn device(&self) -> Box<dyn VirtioDevice> {
-        Box::new(net::device(self.name.into(), vec![self.tap()], Vec::new(), NetOptions::default()).unwrap())
+        self.device_of(NetOptions::default()).unwrap()
+    }
+
+    pub fn device_of(&self, options: NetOptions) -> std::io::Result<Box<dyn VirtioDevice>> {
+        let device = if self.stream {
+            net::user_device(self.name.into(), self.passt(), options)
+        } else {
+            net::device(self.name.into(), vec![self.tap()], Vec::new(), options)
+        };
+        Ok(Box::new(device?))
     }
 
     pub fn engine(&self) -> Box<dyn Engine> {
+        if self.stream {
+            let card = Card::new([2, 0, 0, 0, 0, 1], self.mtu, Vec::new());
+            return Box::new(UserEngine::new(self.name.into(), self.passt(), card.into()));
+        }
         let tap = std::sync::Arc::new(self.tap());
         let card = Card::new([2, 0, 0, 0, 0, 1], self.mtu, vec![tap.clone()]);
         Box::new(PairEngine::new(self.name.into(), 0, tap, card.into()))
@@ -226,10 +271,22 @@ impl Packets {
     }
 
     pub fn put(&mut self, packet: &[u8]) {
+        if self.stream {
+            let frame = &packet[12..];
+            self.ours.write_all(&(frame.len() as u32).to_be_bytes()).unwrap();
+            return self.ours.write_all(frame).unwrap();
+        }
         assert_eq!(self.ours.write(packet).unwrap(), packet.len());
     }
 
     pub fn take(&mut self) -> Option<Vec<u8>> {
+        if self.stream {
+            let mut len = [0; 4];
+            self.ours.read_exact(&mut len).ok()?;
+            let mut packet = vec![0; 12 + u32::from_be_bytes(len) as usize];
+            self.ours.read_exact(&mut packet[12..]).unwrap();
+            return Some(packet);
+        }
         let mut packet = vec![0; 0x1_1000];
         let len = self.ours.read(&mut packet).ok()?;
         packet.truncate(len);
@@ -241,7 +298,7 @@ pub struct Receive(Packets);
 
 impl Specimen for Receive {
     fn name(&self) -> &'static str {
-        "net, receiving"
+        if self.0.stream { "net, receiving from passt" } else { "net, receiving" }
     }
 
     fn device(&self) -> Box<dyn VirtioDevice> {
@@ -255,6 +312,11 @@ impl Specimen for Receive {
     fn prepare(&mut self, ram: &Ram, _n: u32, at: u64) -> Vec<Buffer> {
         ram.write_slice(&[0xee; 4096], GuestAddress(at)).unwrap();
         vec![writable(at, 2048), writable(at + 2048, 100)]
+    }
+
+    /// What has been read from a stream goes with the connection.
+    fn outlives_the_device(&self) -> bool {
+        !self.0.stream
     }
 
     fn provoke(&mut self, n: u32) {
@@ -276,7 +338,7 @@ pub struct Send(Packets);
 
 impl Specimen for Send {
     fn name(&self) -> &'static str {
-        "net, sending"
+        if self.0.stream { "net, sending to passt" } else { "net, sending" }
     }
 
     fn device(&self) -> Box<dyn VirtioDevice> {

@@ -3,7 +3,7 @@
 
 use std::io;
 use std::sync::Arc;
-use std::sync::atomic::{AtomicU16, AtomicU64, Ordering};
+use std::sync::atomic::{AtomicBool, AtomicU16, AtomicU64, Ordering};
 use std::time::{Duration, Instant};
 
 use virtio_bindings::virtio_net as net;
@@ -40,6 +40,7 @@ pub struct Card {
     /// The one of now, in the first six bytes.
     mac: AtomicU64,
     mtu: u16,
+    link_up: AtomicBool,
     taps: Vec<Arc<Tap>>,
     /// How many pairs the host hands frames to.
     active: AtomicU16,
@@ -58,6 +59,7 @@ impl Card {
             own_mac: mac,
             mac: AtomicU64::new(pack(mac)),
             mtu,
+            link_up: AtomicBool::new(true),
             active: AtomicU16::new(taps.len() as u16),
             taps,
             chosen: AtomicU64::new(NONE),
@@ -75,6 +77,11 @@ impl Card {
 
     pub fn set_mac(&self, mac: [u8; 6]) {
         self.mac.store(pack(mac), Ordering::Relaxed);
+    }
+
+    /// The cable is out, for good: whoever finds that out tells the driver that the configuration has changed.
+    pub fn set_link_down(&self) {
+        self.link_up.store(false, Ordering::Relaxed);
     }
 
     /// Lets the host spread frames over the first `count` pairs.
@@ -119,12 +126,9 @@ impl Card {
 impl DeviceConfig for Card {
     fn read(&self, offset: usize, data: &mut [u8]) {
         let [mac @ .., _, _] = self.mac.load(Ordering::Relaxed).to_le_bytes();
-        let config = Config {
-            mac,
-            status: (net::VIRTIO_NET_S_LINK_UP as u16).into(),
-            max_virtqueue_pairs: self.pairs().into(),
-            mtu: self.mtu.into(),
-        };
+        let link = if self.link_up.load(Ordering::Relaxed) { net::VIRTIO_NET_S_LINK_UP as u16 } else { 0 };
+        let config =
+            Config { mac, status: link.into(), max_virtqueue_pairs: self.pairs().into(), mtu: self.mtu.into() };
         read_config_bytes(config.as_bytes(), offset, data);
     }
 

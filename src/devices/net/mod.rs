@@ -1,4 +1,4 @@
-//! virtio-net over a tap (virtio 1.2, section 5.1).
+//! virtio-net over a tap, or over passt (virtio 1.2, section 5.1).
 //!
 //! ```text
 //!   queues 0, 1 ──── first pair ────┐             each pair: a thread of ours, or vhost
@@ -10,8 +10,11 @@
 
 mod card;
 mod control;
+mod held;
 mod pair;
 mod relay;
+mod shape;
+mod user;
 mod vhost;
 
 use std::io;
@@ -25,12 +28,17 @@ use self::card::offered;
 use self::control::ControlEngine;
 pub(crate) use self::pair::PairEngine;
 use self::relay::Relay;
+pub use self::shape::{NetShapeV1, ShapeError};
+pub(super) use self::user::UserEngine;
 use self::vhost::VhostPair;
 use super::front::{Front, QueueServer};
 use super::worker::Worker;
-use crate::backend::{Offloads, Tap, VhostNet};
+use crate::backend::{Offloads, Passt, Tap, VhostNet};
 use crate::config::MacAddress;
 use crate::virtio::{DeviceKind, feature};
+
+const ETHERNET_HEADER: usize = 14;
+const VLAN_TAG: usize = 4;
 
 const QUEUE_SIZE: u16 = 256;
 const CONTROL_SIZE: u16 = 64;
@@ -55,8 +63,27 @@ const CONTROL_WITHOUT_MQ: u16 = rx_of(1);
 pub struct NetOptions {
     /// A random one, locally administered, when absent.
     pub mac: Option<MacAddress>,
-    /// In bytes, without the Ethernet header; the tap's when absent.
+    /// In bytes, without the Ethernet header; the back end's when absent.
     pub mtu: Option<u16>,
+    /// That of a card which a guest knows already: it is made again, or refused. The rest is not looked at then.
+    pub shape: Option<NetShapeV1>,
+}
+
+impl NetOptions {
+    /// The shape of a card over a back end that can do so much.
+    fn shape(&self, mut features: u64, mtu: u16, pairs: u16) -> io::Result<NetShapeV1> {
+        let mtu = self.shape.map(|shape| shape.mtu).or(self.mtu).unwrap_or(mtu);
+        if mtu >= MIN_MTU {
+            features |= 1 << net::VIRTIO_NET_F_MTU;
+        }
+        match self.shape {
+            Some(shape) => {
+                shape.fits(features, pairs).map_err(|error| io::Error::new(io::ErrorKind::Unsupported, error))?;
+                Ok(shape)
+            }
+            None => Ok(NetShapeV1 { mac: self.mac.map_or_else(random_mac, |mac| Ok(mac.0))?, mtu, features, pairs }),
+        }
+    }
 }
 
 /// A card on the queues of a tap, a pair on each; with as many `vhost`s, the host's kernel serves them.
@@ -64,14 +91,9 @@ pub struct NetOptions {
 /// # Panics
 /// Without a tap queue.
 pub fn device(name: String, taps: Vec<Tap>, vhosts: Vec<VhostNet>, options: NetOptions) -> io::Result<Front> {
-    let mac = match options.mac {
-        Some(mac) => mac.0,
-        None => random_mac()?,
-    };
-    let mtu = options.mtu.unwrap_or(taps[0].mtu());
-    let features = features(&taps, &vhosts, mtu);
+    let shape = options.shape(features(&taps, &vhosts), taps[0].mtu(), taps.len() as u16)?;
     let taps: Vec<_> = taps.into_iter().map(Arc::new).collect();
-    let card = Arc::new(Card::new(mac, mtu, taps.clone()));
+    let card = Arc::new(Card::new(shape.mac, shape.mtu, taps.clone()));
     let servers = if vhosts.is_empty() {
         serve_with_threads(&name, &taps, &card)?
     } else {
@@ -79,24 +101,38 @@ pub fn device(name: String, taps: Vec<Tap>, vhosts: Vec<VhostNet>, options: NetO
     };
     // Not sooner: a thread begins to listen to its tap queue while that is in use.
     card.set_active_pairs(1)?;
-    let front = Front::new(DeviceKind::Net, name, features, card, servers);
+    let front = Front::new(DeviceKind::Net, name, shape.features, card, servers);
     Ok(if taps.len() > 1 { front.fewer_queues_without(MQ, CONTROL_WITHOUT_MQ, 0) } else { front })
 }
 
-fn features(taps: &[Tap], vhosts: &[VhostNet], mtu: u16) -> u64 {
-    // What the rings themselves are like, which vhost has to know too.
-    let ring = feature::RING | 1 << net::VIRTIO_NET_F_MRG_RXBUF;
-    let ring = vhosts.iter().fold(ring, |ring, vhost| ring & vhost.features());
+/// A card in a user network, whose frames passt carries.
+pub fn user_device(name: String, passt: Passt, options: NetOptions) -> io::Result<Front> {
+    let shape = options.shape(PLAIN, passt.mtu(), 1)?;
+    let card = Arc::new(Card::new(shape.mac, shape.mtu, Vec::new()));
+    let engine = UserEngine::new(name.clone(), passt, card.clone());
+    let queues = [(rx_of(0), QUEUE_SIZE), (tx_of(0), QUEUE_SIZE), (rx_of(1), CONTROL_SIZE)];
+    let worker = Worker::spawn(&name, Box::new(engine), &queues)?;
+    Ok(Front::new(DeviceKind::Net, name, shape.features, card, vec![Box::new(worker)]))
+}
+
+/// What the rings themselves are like, which vhost has to know too.
+const RINGS: u64 = feature::RING | 1 << net::VIRTIO_NET_F_MRG_RXBUF;
+
+/// What every card has, wherever its frames go. Nothing is in it that the other end of the wire would have to do.
+const PLAIN: u64 = RINGS
+    | 1 << net::VIRTIO_NET_F_MAC
+    | 1 << net::VIRTIO_NET_F_STATUS
+    | 1 << net::VIRTIO_NET_F_CTRL_VQ
+    | 1 << net::VIRTIO_NET_F_CTRL_MAC_ADDR;
+
+fn features(taps: &[Tap], vhosts: &[VhostNet]) -> u64 {
+    let plain = vhosts.iter().fold(PLAIN, |plain, vhost| plain & (vhost.features() | !RINGS));
     // A tap takes any packet with a header, whatever the host then has to do to it.
-    let mut features = ring
-        | 1 << net::VIRTIO_NET_F_MAC
-        | 1 << net::VIRTIO_NET_F_STATUS
+    let mut features = plain
         | 1 << net::VIRTIO_NET_F_CSUM
         | 1 << net::VIRTIO_NET_F_HOST_TSO4
         | 1 << net::VIRTIO_NET_F_HOST_TSO6
-        | 1 << net::VIRTIO_NET_F_HOST_ECN
-        | 1 << net::VIRTIO_NET_F_CTRL_VQ
-        | 1 << net::VIRTIO_NET_F_CTRL_MAC_ADDR;
+        | 1 << net::VIRTIO_NET_F_HOST_ECN;
     let offloads = taps[0].offloads();
     features |= offered(offloads);
     if offloads != Offloads::NONE {
@@ -105,9 +141,6 @@ fn features(taps: &[Tap], vhosts: &[VhostNet], mtu: u16) -> u64 {
     if offloads.uso {
         // The same kernels can do it the other way round.
         features |= 1 << net::VIRTIO_NET_F_HOST_USO;
-    }
-    if mtu >= MIN_MTU {
-        features |= 1 << net::VIRTIO_NET_F_MTU;
     }
     if taps.len() > 1 {
         features |= MQ;
@@ -151,7 +184,8 @@ fn serve_with_vhost(
     Ok(servers)
 }
 
-fn random_mac() -> io::Result<[u8; 6]> {
+/// An address for a card that has none yet.
+pub fn random_mac() -> io::Result<[u8; 6]> {
     let mut mac = [0; 6];
     getrandom(&mut mac, GetRandomFlags::empty())?;
     // Locally administered, and one station's own.
