@@ -136,9 +136,9 @@ impl Passt {
     }
 
     /// One whose part is played by the other end of `socket`.
-    #[cfg(test)]
+    #[cfg(any(test, feature = "fuzzing"))]
     pub fn played_by(socket: UnixStream, mtu: u16) -> Self {
-        Self { frames: FrameStream::new(socket).unwrap(), mtu, process: None }
+        Self { frames: FrameStream::new(socket).expect("a socket of ours"), mtu, process: None }
     }
 
     /// The largest packet in bytes behind the Ethernet header.

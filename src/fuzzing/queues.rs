@@ -4,6 +4,7 @@ use std::fmt::Display;
 use std::fs::File;
 use std::io::Write;
 use std::os::fd::OwnedFd;
+use std::os::unix::net::UnixStream;
 use std::path::Path;
 use std::sync::Arc;
 
@@ -13,10 +14,10 @@ use vmm_sys_util::eventfd::{EFD_NONBLOCK, EventFd};
 
 use super::input::Input;
 use super::memory_files::{MemoryFiles, empty};
-use crate::backend::{Disk, Tap};
+use crate::backend::{Disk, Passt, Tap};
 use crate::config::{CacheMode, IoEngine};
 use crate::devices::block::{Rings, SyncEngine};
-use crate::devices::net::{Card, PairEngine};
+use crate::devices::net::{Card, PairEngine, UserEngine};
 use crate::devices::rng::RngEngine;
 use crate::devices::worker::{Engine, Turn};
 use crate::memory::{Ram, anonymous};
@@ -44,10 +45,13 @@ pub enum Served {
     Send,
     Control,
     Rng,
+    /// Of a card in a user network.
+    ReceiveUser,
+    SendUser,
 }
 
 impl Served {
-    pub const ALL: [Self; 8] = [
+    pub const ALL: [Self; 10] = [
         Self::Disk,
         Self::DiskUring,
         Self::DiskUringOnly,
@@ -56,11 +60,13 @@ impl Served {
         Self::Send,
         Self::Control,
         Self::Rng,
+        Self::ReceiveUser,
+        Self::SendUser,
     ];
 
     fn queue(self) -> u16 {
         match self {
-            Self::Send => 1,
+            Self::Send | Self::SendUser => 1,
             Self::Control => 2,
             _ => 0,
         }
@@ -74,7 +80,7 @@ pub enum Step {
     Write,
     /// The device has a turn: a byte for the number of requests.
     Serve,
-    /// The network has a packet: 16 bits of length, bytes.
+    /// The network has a packet, or a piece of a stream of them: 16 bits of length, bytes.
     Packet,
     /// The queue is stopped and taken up where it was.
     Restart,
@@ -134,6 +140,13 @@ fn engine(of: Served) -> (Box<dyn Engine>, Option<File>) {
             (Box::new(PairEngine::new("net0".into(), 0, tap, card.into())), Some(net))
         }
         Served::Rng => (Box::new(RngEngine), None),
+        Served::ReceiveUser | Served::SendUser => {
+            let (theirs, ours) = UnixStream::pair().expect("a pair of sockets");
+            ours.set_nonblocking(true).expect("a socket of ours");
+            let card = Card::new([2, 0, 0, 0, 0, 1], 1500, Vec::new());
+            let engine = UserEngine::new("net0".into(), Passt::played_by(theirs, 1500), card.into());
+            (Box::new(engine), Some(OwnedFd::from(ours).into()))
+        }
     }
 }
 

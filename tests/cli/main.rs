@@ -4,6 +4,7 @@
 mod support;
 
 mod boot_files;
+mod disk_tools;
 mod disks;
 mod full_disk;
 mod help;

@@ -13,6 +13,7 @@ mod endings;
 mod guest;
 mod mmio;
 mod net;
+mod qcow2;
 mod queues;
 mod small_kernel;
 mod user_network;

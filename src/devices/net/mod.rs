@@ -29,7 +29,7 @@ use self::control::ControlEngine;
 pub(crate) use self::pair::PairEngine;
 use self::relay::Relay;
 pub use self::shape::{NetShapeV1, ShapeError};
-pub(super) use self::user::UserEngine;
+pub(crate) use self::user::UserEngine;
 use self::vhost::VhostPair;
 use super::front::{Front, QueueServer};
 use super::worker::Worker;

@@ -59,6 +59,8 @@ fn served(specimen: &dyn Specimen) -> Vec<Served> {
         "block over io_uring only" => vec![Served::DiskUringOnly],
         "net, receiving" => vec![Served::Receive],
         "net, sending" => vec![Served::Send],
+        "net, receiving from passt" => vec![Served::ReceiveUser],
+        "net, sending to passt" => vec![Served::SendUser],
         "net, control" => vec![Served::Control],
         "rng" => vec![Served::Rng],
         other => panic!("{other} has no place here"),
@@ -80,9 +82,14 @@ fn requests_of_every_device() {
                     seed.push(number(Step::Write));
                     seed.extend(write(*at, bytes));
                 }
-                if of == Served::Receive {
+                if [Served::Receive, Served::ReceiveUser].contains(&of) {
                     for n in 0..REQUESTS {
-                        let packet = Packets::packet(n, 60 + 20 * n as usize);
+                        let mut packet = Packets::packet(n, 60 + 20 * n as usize);
+                        if of == Served::ReceiveUser {
+                            packet.drain(..8);
+                            let len = packet.len() as u32 - 4;
+                            packet[..4].copy_from_slice(&len.to_be_bytes());
+                        }
                         seed.push(number(Step::Packet));
                         seed.extend_from_slice(&(packet.len() as u16).to_le_bytes());
                         seed.extend(packet);

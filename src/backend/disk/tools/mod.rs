@@ -52,7 +52,13 @@ impl ToolError {
             Self::Size { .. } => Some("give a size such as 10G".into()),
             Self::Shrink { .. } => Some("make its file systems smaller first, then give --shrink".into()),
             Self::ShrinkQcow2 => Some("convert it to raw, and make that smaller".into()),
-            _ => None,
+            Self::Write { source, .. } if source.kind() == io::ErrorKind::StorageFull => {
+                Some("make room there, or give a place on another file system".into())
+            }
+            Self::Write { .. } => Some("give a path in a directory that exists and is yours to write to".into()),
+            Self::BlockDevice { .. } => Some("give a file".into()),
+            Self::BackingName { .. } => Some("give it another name, or a shorter path".into()),
+            Self::Read { .. } => Some("is its disk in order? 'dmesg' may tell".into()),
         }
     }
 }
