@@ -1,8 +1,9 @@
 //! A network card on a tap: ping, and 64 MiB over TCP each way.
 
-use std::io::{Read, Write};
-use std::net::TcpListener;
+use std::io::{ErrorKind, Read, Write};
+use std::net::{TcpListener, TcpStream};
 use std::process::{Command, Stdio};
+use std::time::{Duration, Instant};
 
 use crate::guest::{Guest, LIMIT, value};
 
@@ -33,6 +34,24 @@ impl Drop for Tap {
 
 fn ip(args: &[&str]) {
     assert!(Command::new("ip").args(args).status().unwrap().success(), "ip {args:?}");
+}
+
+/// The guest's connection. One that hangs and never connects is a failure, not a wait without end.
+pub fn accept(listener: &TcpListener) -> TcpStream {
+    listener.set_nonblocking(true).unwrap();
+    let deadline = Instant::now() + LIMIT;
+    loop {
+        match listener.accept() {
+            Ok((stream, _)) => {
+                stream.set_nonblocking(false).unwrap();
+                stream.set_write_timeout(Some(LIMIT)).unwrap();
+                return stream;
+            }
+            Err(error) => assert_eq!(error.kind(), ErrorKind::WouldBlock, "{error}"),
+        }
+        assert!(Instant::now() < deadline, "the guest has not connected within {LIMIT:?}");
+        std::thread::sleep(Duration::from_millis(20));
+    }
 }
 
 /// Bytes that no checksum takes for others: a xorshift sequence.

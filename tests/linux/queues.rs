@@ -5,7 +5,7 @@ use std::net::TcpListener;
 use std::path::PathBuf;
 
 use crate::guest::{Guest, LIMIT, value};
-use crate::net::{Tap, md5, pattern};
+use crate::net::{Tap, accept, md5, pattern};
 use crate::support::Ended;
 
 /// Each way.
@@ -42,7 +42,7 @@ echo second=$(interrupts input.1)
     );
     let running = guest.start(&script);
     let sum = md5(&pattern);
-    let (mut stream, _) = to_guest.accept().unwrap();
+    let mut stream = accept(&to_guest);
     look(running.child.id());
     stream.write_all(&pattern).unwrap();
     drop(stream);
