@@ -2,7 +2,7 @@
 //! QEMU's `-netdev stream`.
 
 use std::io::{self, Read, Write};
-use std::os::fd::{AsFd, AsRawFd, BorrowedFd, RawFd};
+use std::os::fd::{AsFd, BorrowedFd};
 use std::os::unix::net::UnixStream;
 
 use thiserror::Error;
@@ -60,18 +60,13 @@ impl FrameStream {
     }
 
     /// Readable when [`Self::peek`] may find more.
-    pub fn reading_fd(&self) -> RawFd {
-        self.socket.as_raw_fd()
-    }
-
-    /// The same, borrowed.
     pub fn reading(&self) -> BorrowedFd<'_> {
         self.socket.as_fd()
     }
 
     /// Writable when [`Self::flush`] may get on.
-    pub fn writing_fd(&self) -> RawFd {
-        self.writing.as_raw_fd()
+    pub fn writing(&self) -> BorrowedFd<'_> {
+        self.writing.as_fd()
     }
 
     /// The next frame, if it is there as a whole. It stays the next one until it is consumed.

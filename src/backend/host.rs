@@ -52,9 +52,7 @@ pub trait HostFiles: Send + Sync {
     ///
     /// # Errors
     /// `NotFound` when it is not installed.
-    fn start(&self, program: &mut Command) -> io::Result<Child> {
-        program.spawn()
-    }
+    fn start(&self, program: &mut Command) -> io::Result<Child>;
 
     /// Listens on a unix socket at `path`. A socket file that nobody listens on any more is replaced.
     ///
@@ -85,6 +83,10 @@ impl HostFiles for OpenDirectly {
                 Ok(file)
             }
         }
+    }
+
+    fn start(&self, program: &mut Command) -> io::Result<Child> {
+        program.spawn()
     }
 
     fn listen(&self, path: &Path) -> io::Result<UnixListener> {

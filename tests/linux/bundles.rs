@@ -4,9 +4,7 @@ use std::path::{Path, PathBuf};
 use std::sync::OnceLock;
 use std::time::Duration;
 
-use rustix::process::Signal;
-
-use crate::guest::{Guest, LIMIT, assets, value};
+use crate::guest::{Guest, assets, value};
 use crate::support::{Running, tranche};
 
 /// Unpacking a package takes minutes where the host is emulated, too.
@@ -70,11 +68,8 @@ fn the_cloud_kernel_finds_its_root_by_its_label_and_hears_the_power_button() {
     let other = guest.dir.path().join("other");
     std::fs::write(&other, [0; 4096]).unwrap();
     guest.command.arg("--disk").arg(read_only(&other)).arg("--disk").arg(read_only(&root_on("ext4")));
-    let mut guest = guest.cmdline("root=LABEL=tranche");
-    let running = guest.start("echo root=$(grep ' / ' /proc/mounts | tail -n 1); echo READY; sleep 600");
-    running.output.wait_for("READY", LIMIT);
-    running.signal(Signal::TERM);
-    let ended = running.wait(LIMIT).expect_code(0);
+    let guest = guest.cmdline("root=LABEL=tranche");
+    let ended = guest.run_to_the_power_button("echo root=$(grep ' / ' /proc/mounts | tail -n 1)");
     assert!(value(&ended.output, "root").starts_with("/dev/vdb / ext4 ro,"), "{}", ended.output);
 }
 

@@ -28,11 +28,7 @@ fn a_panic_ends_with_4() {
 
 #[test]
 fn sigterm_presses_the_power_button() {
-    let mut guest = Guest::new("cloud");
-    let running = guest.start("echo READY; sleep 600");
-    running.output.wait_for("READY", LIMIT);
-    running.signal(Signal::TERM);
-    running.wait(LIMIT).expect_code(0);
+    Guest::new("cloud").run_to_the_power_button("true");
 }
 
 #[test]

@@ -6,6 +6,7 @@ use std::process::Command;
 use std::sync::{Mutex, MutexGuard, PoisonError};
 use std::time::Duration;
 
+use rustix::process::Signal;
 use tempfile::TempDir;
 
 use crate::support::{Ended, Running, disk_with, tranche};
@@ -67,6 +68,14 @@ impl Guest {
         self.command.arg("--disk").arg(format!("{},ro,id=script", disk.display()));
         self.command.arg("--cmdline").arg(&self.cmdline);
         Running::start(&mut self.command)
+    }
+
+    /// Boots, runs `script`, and presses the power button while the guest is at rest: it has to power off.
+    pub fn run_to_the_power_button(mut self, script: &str) -> Ended {
+        let running = self.start(&format!("{script}; echo READY; sleep 600"));
+        running.output.wait_for("READY", LIMIT);
+        running.signal(Signal::TERM);
+        running.wait(LIMIT).expect_code(0)
     }
 
     /// Boots, runs `script`, and waits for the end.

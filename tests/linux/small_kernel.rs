@@ -6,8 +6,6 @@ use std::fs::File;
 use std::io::{Read, Write};
 use std::net::TcpListener;
 
-use rustix::process::Signal;
-
 use crate::guest::{Guest, LIMIT, assets, value};
 use crate::net::{Tap, md5, pattern};
 
@@ -78,11 +76,7 @@ nc 172.30.9.1 {} < $(disk data); echo sent=$?
 
 #[test]
 fn the_power_button_is_heard() {
-    let mut guest = small();
-    let running = guest.start("echo READY; sleep 600");
-    running.output.wait_for("READY", LIMIT);
-    running.signal(Signal::TERM);
-    running.wait(LIMIT).expect_code(0);
+    small().run_to_the_power_button("true");
 }
 
 #[test]

@@ -6,10 +6,10 @@
 
 use std::io;
 
-use super::request::{Answer, Failure, Request};
-use super::sync::SyncEngine;
 use vmm_sys_util::epoll::EventSet;
 
+use super::request::{Answer, Failure, Request};
+use super::sync::SyncEngine;
 use crate::backend::disk::uring::{Operation, Uring};
 use crate::devices::worker::{Engine, Served, Source, Turn};
 use crate::memory::Ram;

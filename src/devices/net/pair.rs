@@ -4,12 +4,12 @@ use std::io;
 use std::os::fd::{AsFd, AsRawFd};
 use std::sync::Arc;
 
+use vmm_sys_util::epoll::EventSet;
+
 use super::card::{Card, offloads};
 use super::control::ControlEngine;
 use super::held::Held;
 use super::{ETHERNET_HEADER, VLAN_TAG, rx_of, tx_of};
-use vmm_sys_util::epoll::EventSet;
-
 use crate::backend::Tap;
 use crate::backend::tap::HEADER_BYTES;
 use crate::devices::worker::{Engine, Served, Source, Turn, serve_each};

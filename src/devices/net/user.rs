@@ -2,6 +2,7 @@
 //! itself; large packets make up for it.
 
 use std::io;
+use std::os::fd::AsRawFd;
 use std::sync::Arc;
 
 use vmm_sys_util::epoll::EventSet;
@@ -150,8 +151,8 @@ impl Engine for UserEngine {
     fn sources(&self) -> Vec<Source> {
         let frames = &self.passt.frames;
         vec![
-            Source { queue: rx_of(0), fd: frames.reading_fd(), events: EventSet::IN, always: false },
-            Source { queue: tx_of(0), fd: frames.writing_fd(), events: EventSet::OUT, always: false },
+            Source { queue: rx_of(0), fd: frames.reading().as_raw_fd(), events: EventSet::IN, always: false },
+            Source { queue: tx_of(0), fd: frames.writing().as_raw_fd(), events: EventSet::OUT, always: false },
         ]
     }
 }

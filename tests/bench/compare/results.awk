@@ -10,28 +10,24 @@ BEGIN {
     metric("small.boot.before", "ms", 1, 1, "small kernel: monitor, firmware")
     metric("small.boot.kernel", "ms", 1, 1, "small kernel: kernel to userspace")
     metric("small.boot.all", "ms", 1, 1, "small kernel: all of it")
-    for (d = 1; d <= 32; d += 31) {
-        metric("disk.read.sequential." d, "MiB/s", 8, 0, "sequential read, depth " d)
-        metric("disk.write.sequential." d, "MiB/s", 8, 0, "sequential write, depth " d)
-        metric("disk.read.random." d, "IOPS", 1, 0, "random read, depth " d)
-        metric("disk.write.random." d, "IOPS", 1, 0, "random write, depth " d)
-    }
-    metric("disk.64m", "ms", 0.001, 1, "64 MiB in sequence, 1 MiB each")
-    metric("disk.2000", "ms", 0.001, 1, "2,000 random reads of 4 KiB, depth 1")
-    for (d = 1; d <= 32; d += 31) {
-        metric("sync.disk.read.sequential." d, "MiB/s", 8, 0, "engine=sync: sequential read, depth " d)
-        metric("sync.disk.write.sequential." d, "MiB/s", 8, 0, "engine=sync: sequential write, depth " d)
-        metric("sync.disk.read.random." d, "IOPS", 1, 0, "engine=sync: random read, depth " d)
-        metric("sync.disk.write.random." d, "IOPS", 1, 0, "engine=sync: random write, depth " d)
-    }
-    metric("sync.disk.64m", "ms", 0.001, 1, "engine=sync: 64 MiB in sequence, 1 MiB each")
-    metric("sync.disk.2000", "ms", 0.001, 1, "engine=sync: 2,000 random reads of 4 KiB, depth 1")
+    disks("", "")
+    disks("sync.", "engine=sync: ")
     network("", "")
     network("vhost.", "vhost=on: ")
 }
 function metric(name, unit, divisor, less, text) {
     order[++metrics] = name
     units[name] = unit; divisors[name] = divisor; lesser[name] = less; texts[name] = text
+}
+function disks(prefix, text,    d) {
+    for (d = 1; d <= 32; d += 31) {
+        metric(prefix "disk.read.sequential." d, "MiB/s", 8, 0, text "sequential read, depth " d)
+        metric(prefix "disk.write.sequential." d, "MiB/s", 8, 0, text "sequential write, depth " d)
+        metric(prefix "disk.read.random." d, "IOPS", 1, 0, text "random read, depth " d)
+        metric(prefix "disk.write.random." d, "IOPS", 1, 0, text "random write, depth " d)
+    }
+    metric(prefix "disk.64m", "ms", 0.001, 1, text "64 MiB in sequence, 1 MiB each")
+    metric(prefix "disk.2000", "ms", 0.001, 1, text "2,000 random reads of 4 KiB, depth 1")
 }
 function network(prefix, text) {
     metric(prefix "net.to-guest", "MB/s", 1e6, 0, text "TCP to the guest")
