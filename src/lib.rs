@@ -4,6 +4,7 @@
 //! the bottom, and a room uses only rooms below it (`config` and `observe` are open to all):
 //!
 //! - [`cli`]: one file per verb; parse, call, render
+//! - [`api`]: HTTP on a unix socket: the server, its parser, and a client for the command line
 //! - [`machine`]: a running VM; the builder, the lifecycle, the one owner of it all
 //! - [`kernels`]: kernels of distributions, imported once and booted by name
 //! - [`boot`]: from a kernel file to the first instruction
@@ -19,6 +20,7 @@
 //! Apart from them all, [`guest_init`] is what runs first inside a guest with an imported kernel, and `fuzzing` (of the
 //! feature `fuzzing` and of tests) what fuzzers drive.
 
+pub mod api;
 pub mod backend;
 pub mod boot;
 pub mod cli;

@@ -5,6 +5,7 @@
 //! - [`pci`], [`mmio`]: accesses of a guest to a machine's devices
 //! - [`kernel`], [`package`], [`qcow2`], [`root`]: files, and disks that a guest brings
 //! - [`options`]: what a user types
+//! - [`http`]: what comes over the API's socket
 //!
 //! Compiled for tests, which replay what was once found, and with the feature `fuzzing`, which no release has.
 
@@ -13,6 +14,7 @@ mod files;
 mod input;
 mod machine;
 mod memory_files;
+mod messages;
 mod queues;
 #[cfg(feature = "fuzzing")]
 mod recorder;
@@ -24,6 +26,7 @@ mod tests;
 pub use self::disks::{qcow2, root};
 pub use self::files::{kernel, options, package};
 pub use self::machine::{mmio, pci};
+pub use self::messages::http;
 pub use self::queues::queues;
 #[cfg(feature = "fuzzing")]
 pub use self::recorder::recorded;

@@ -7,7 +7,7 @@ use super::*;
 /// A target of `fuzz/`, and what it drives.
 pub type Target = (&'static str, fn(&[u8]));
 
-pub const TARGETS: [Target; 8] = [
+pub const TARGETS: [Target; 9] = [
     ("queues", queues),
     ("pci", pci),
     ("mmio", mmio),
@@ -16,6 +16,7 @@ pub const TARGETS: [Target; 8] = [
     ("qcow2", qcow2),
     ("root", root),
     ("options", options),
+    ("http", http),
 ];
 
 fn fuzz(path: &str) -> std::path::PathBuf {

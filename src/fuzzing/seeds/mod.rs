@@ -6,6 +6,7 @@
 mod devices;
 mod disks;
 mod files;
+mod messages;
 
 use std::fs::File;
 use std::os::unix::fs::FileExt;
