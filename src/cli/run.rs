@@ -16,9 +16,9 @@ use super::escape::Action;
 use super::exit::{self, Exit};
 use super::signals::Signals;
 use crate::backend::{HostFiles, OpenDirectly};
-use crate::config::{DiskConfig, MemorySize, NetConfig, SerialConfig, Transport, VmConfig};
+use crate::config::{DiskConfig, EntropyConfig, MemorySize, NetConfig, SerialConfig, Transport, VmConfig};
 use crate::kernels::{Bundle, KernelsError, Library};
-use crate::machine::{End, Machine, MachineError, SerialSetup, State};
+use crate::machine::{End, Machine, MachineError, Parts, State};
 use crate::memory::release_startup_code;
 use crate::observe::{Timeline, init_log};
 
@@ -118,6 +118,7 @@ impl RunArgs {
             memory: self.memory,
             disks: root.into_iter().chain(self.disk).collect(),
             nics: self.net,
+            entropy: Some(EntropyConfig {}),
             serial: self.serial,
             transport: self.transport,
         })
@@ -171,8 +172,7 @@ fn tell(end: &End) {
 fn run_to_end(config: &VmConfig, host: &dyn HostFiles, timeline: &Arc<Timeline>) -> Result<End, MachineError> {
     let resources = |what| move |source: io::Error| MachineError::Host { what, source };
     let mut signals = Signals::block().map_err(resources("listen to signals"))?;
-    let serial = SerialSetup::open(&config.serial, host)?;
-    let machine = Machine::build(config, host, serial, timeline)?;
+    let machine = Machine::build(Parts::open(config, host)?, host, timeline)?;
     // Only now, as an error has to find the terminal as it was.
     let mut console = Console::open(&config.serial, host).map_err(|source| match &config.serial {
         SerialConfig::Socket(path) => MachineError::Serial { path: path.clone(), source },

@@ -87,6 +87,7 @@ pub struct VmConfig {
     /// The first one is the root disk if it says so.
     pub disks: Vec<DiskConfig>,
     pub nics: Vec<NetConfig>,
+    pub entropy: Option<EntropyConfig>,
     pub serial: SerialConfig,
     pub transport: Transport,
 }
@@ -217,6 +218,10 @@ impl fmt::Display for ForwardedProtocol {
     }
 }
 
+/// A device that gives the guest of the host's entropy.
+#[derive(Debug, Clone, PartialEq, Eq, Default)]
+pub struct EntropyConfig {}
+
 /// Where the serial port goes.
 #[derive(Debug, Clone, PartialEq, Eq, Default)]
 pub enum SerialConfig {
@@ -233,18 +238,7 @@ impl VmConfig {
     /// # Errors
     /// The first rule that does not hold.
     pub fn validate(&self) -> Result<(), ConfigError> {
-        if !(1..=MAX_CPUS).contains(&self.cpus) {
-            return Err(ConfigError::Cpus(self.cpus));
-        }
-        if self.memory.0 < MIN_MEMORY {
-            return Err(ConfigError::Memory(self.memory));
-        }
-        if !self.memory.0.is_multiple_of(4096) {
-            return Err(ConfigError::MemoryUnit(self.memory.0));
-        }
-        if self.devices() > MAX_DEVICES {
-            return Err(ConfigError::TooManyDevices(self.devices()));
-        }
+        check_size(self.cpus, self.memory, self.devices())?;
         if let Some(id) = repeated(self.disks.iter().filter_map(|d| d.id.as_ref())) {
             return Err(ConfigError::RepeatedDiskId(id.clone()));
         }
@@ -271,7 +265,7 @@ impl VmConfig {
     /// How many virtio devices there are: disks, network cards, the entropy device.
     #[must_use]
     pub fn devices(&self) -> usize {
-        self.disks.len() + self.nics.len() + 1
+        self.disks.len() + self.nics.len() + usize::from(self.entropy.is_some())
     }
 
     /// The kernel command line: defaults, the root disk, the user's text, in this order, so that the last word
@@ -288,6 +282,26 @@ impl VmConfig {
         }
         line
     }
+}
+
+/// Checks that a VM can have so much of everything.
+///
+/// # Errors
+/// The first limit that is passed.
+pub fn check_size(cpus: u8, memory: MemorySize, devices: usize) -> Result<(), ConfigError> {
+    if !(1..=MAX_CPUS).contains(&cpus) {
+        return Err(ConfigError::Cpus(cpus));
+    }
+    if memory.0 < MIN_MEMORY {
+        return Err(ConfigError::Memory(memory));
+    }
+    if !memory.0.is_multiple_of(4096) {
+        return Err(ConfigError::MemoryUnit(memory.0));
+    }
+    if devices > MAX_DEVICES {
+        return Err(ConfigError::TooManyDevices(devices));
+    }
+    Ok(())
 }
 
 fn repeated<T: PartialEq>(items: impl Iterator<Item = T>) -> Option<T> {
@@ -309,6 +323,7 @@ mod tests {
             memory: MemorySize(128 << 20),
             disks: Vec::new(),
             nics: Vec::new(),
+            entropy: Some(EntropyConfig {}),
             serial: SerialConfig::Null,
             transport: Transport::default(),
         }

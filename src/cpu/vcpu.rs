@@ -74,8 +74,8 @@ impl Vcpu {
         entry.load_registers(&self.fd)
     }
 
-    /// Starts the vCPU's thread, named `vcpuN`.
-    pub fn start(mut self, handler: Arc<dyn ExitHandler>) -> Result<VcpuHandle, CpuError> {
+    /// Starts the vCPU's thread, called `thread` and its number.
+    pub fn start(mut self, thread: &str, handler: Arc<dyn ExitHandler>) -> Result<VcpuHandle, CpuError> {
         let id = self.id;
         let page = RunPage::of(&mut self.fd);
         let stop = Arc::new(AtomicBool::new(false));
@@ -83,7 +83,7 @@ impl Vcpu {
         // The vCPU travels into the thread and back out through the handle's join, which keeps its page mapped
         // for as long as the handle may kick it.
         let thread = std::thread::Builder::new()
-            .name(format!("vcpu{id}"))
+            .name(format!("{thread}{id}"))
             .stack_size(STACK)
             .spawn(move || {
                 // A panic must not unmap the page either, where it unwinds.

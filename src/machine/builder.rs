@@ -1,10 +1,9 @@
-//! From a configuration to a machine that waits for its start.
+//! From opened parts to a machine that waits for its start.
 //!
 //! The order is the cheap one: memory slots first (each costs a grace period once interrupt routes exist), then
 //! the interrupt controllers, the kernel, the devices, and the vCPUs at the end.
 
 use std::fs::File;
-use std::path::PathBuf;
 use std::sync::{Arc, Mutex};
 
 use kvm_bindings::{KVM_API_VERSION, KVM_PIT_SPEAKER_DUMMY, kvm_pit_config, kvm_userspace_memory_region};
@@ -13,13 +12,14 @@ use vm_memory::{GuestMemoryBackend, GuestMemoryRegion};
 
 use super::Machine;
 use super::board::{Board, News};
-use super::devices;
+use super::devices::{self, Opened};
 use super::error::{KvmError, MachineError};
 use super::events::EventQueue;
 use super::lifecycle::State;
+use super::parts::{Parts, SerialSetup};
 use crate::backend::{HostFile, HostFiles};
-use crate::boot::{self, BootError, BootFile, BootSource, KernelCache};
-use crate::config::{SerialConfig, VmConfig};
+use crate::boot::{self, BootSource, KernelCache};
+use crate::config::check_size;
 use crate::cpu::{self, EntryPoint, HostCpuid, Vcpu};
 use crate::memory::{self, Ram};
 use crate::observe::{Milestone, Timeline};
@@ -27,54 +27,30 @@ use crate::platform::acpi::{self, AcpiConfig, AcpiError, PciTables};
 use crate::platform::bus::{Bus, shared};
 use crate::platform::events::EventDevice;
 use crate::platform::interrupts::Interrupts;
-use crate::platform::serial::{SerialDevice, SerialOutput, SerialPort, stdout_file};
+use crate::platform::serial::{SerialDevice, SerialPort};
 use crate::platform::{EventSink, events, layout, power};
 
-/// Where the serial port's output goes: opened by the caller, who may also have to restore a terminal.
-pub struct SerialSetup(pub SerialOutput);
-
-impl SerialSetup {
-    /// Opens what the configuration names. A socket has no client yet; the caller listens.
-    ///
-    /// # Errors
-    /// When a file cannot be created.
-    pub fn open(config: &SerialConfig, host: &dyn HostFiles) -> Result<Self, MachineError> {
-        Ok(Self(match config {
-            SerialConfig::Null => SerialOutput::Null,
-            SerialConfig::Socket(_) => SerialOutput::Socket(None),
-            SerialConfig::Stdio => {
-                SerialOutput::File(stdout_file().map_err(MachineError::host("use standard output"))?)
-            }
-            SerialConfig::File(path) => {
-                let file = host.open(&HostFile::SerialOutput(path.clone()));
-                SerialOutput::File(file.map_err(|source| MachineError::Serial { path: path.clone(), source })?)
-            }
-        }))
-    }
-}
-
 impl Machine {
-    /// Builds a machine: everything is open, loaded and ready when this returns.
+    /// Builds a machine: everything is loaded and ready when this returns.
     ///
     /// # Errors
     /// The first thing that is wrong; nothing is left behind then.
-    pub fn build(
-        config: &VmConfig,
-        host: &dyn HostFiles,
-        serial: SerialSetup,
-        timeline: &Arc<Timeline>,
-    ) -> Result<Self, MachineError> {
-        config.validate()?;
-        let kvm = open_kvm(host, config.cpus)?;
+    pub fn build(parts: Parts, host: &dyn HostFiles, timeline: &Arc<Timeline>) -> Result<Self, MachineError> {
+        let device_count = parts.devices();
+        check_size(parts.cpus, parts.memory, device_count)?;
+        let Parts { kernel, initrd, cmdline, cpus, memory, disks, nics, entropy, serial, transport, vcpu_thread } =
+            parts;
+        let kvm = open_kvm(host, cpus)?;
         let vm = Arc::new(kvm.create_vm().map_err(KvmError::call("create a VM"))?);
         timeline.mark(Milestone::VmCreated);
 
-        let ram = memory::anonymous(&layout::ram_ranges(config.memory.0))?;
+        let ram = memory::anonymous(&layout::ram_ranges(memory.0))?;
         map_memory(&vm, &ram)?;
         timeline.mark(Milestone::MemoryMapped);
 
         create_interrupt_controllers(&vm)?;
-        let entry = load_kernel(config, host, &ram)?;
+        let source = BootSource { kernel, initrd, cmdline, rsdp: layout::ACPI };
+        let entry = boot::load(&ram, &source, &KernelCache::of_user())?;
         timeline.mark(Milestone::KernelLoaded);
 
         let cpuid = HostCpuid::new(&kvm)?;
@@ -82,9 +58,9 @@ impl Machine {
         acpi::write(
             &ram,
             &AcpiConfig {
-                cpus: config.cpus.into(),
-                pci: devices::has_pci(config).then_some(PciTables { window_64 }),
-                virtio_mmio: devices::mmio_places(config),
+                cpus: cpus.into(),
+                pci: devices::has_pci(transport).then_some(PciTables { window_64 }),
+                virtio_mmio: devices::mmio_places(transport, device_count),
             },
         )?;
 
@@ -95,13 +71,15 @@ impl Machine {
         let board = Arc::new(Board { ports: Bus::default(), mmio: Arc::default(), news: news.clone() });
         let interrupts = Arc::new(Interrupts::new(vm.clone()));
         let (event_device, serial) = attach_platform(&board, news, &interrupts, serial, timeline)?;
-        let disks = devices::attach(config, host, &ram, &board, &interrupts, window_64)?;
+        let opened = Opened { disks, nics, entropy };
+        let disks = devices::attach(opened, transport, &ram, &board, &interrupts, window_64)?;
 
-        let waiting = create_vcpus(&vm, &cpuid, config.cpus, &entry)?;
+        let waiting = create_vcpus(&vm, &cpuid, cpus, &entry)?;
         cpu::install_kick_handler().map_err(|e| KvmError::call("install its signal handler")(e))?;
         timeline.mark(Milestone::DevicesReady);
         Ok(Self {
             state: State::Built,
+            vcpu_thread,
             waiting,
             running: Vec::new(),
             board,
@@ -186,22 +164,6 @@ fn create_interrupt_controllers(vm: &VmFd) -> Result<(), KvmError> {
     vm.create_irq_chip().map_err(KvmError::call("create the interrupt controllers"))?;
     let pit = kvm_pit_config { flags: KVM_PIT_SPEAKER_DUMMY, ..Default::default() };
     vm.create_pit2(pit).map_err(KvmError::call("create the timer"))
-}
-
-fn load_kernel(config: &VmConfig, host: &dyn HostFiles, ram: &Ram) -> Result<EntryPoint, MachineError> {
-    let open = |path: &PathBuf| {
-        let file = host.open(&HostFile::BootFile(path.clone()));
-        file.map(|file| BootFile { file, path: path.clone() })
-    };
-    let kernel =
-        open(&config.kernel).map_err(|source| BootError::ReadKernel { path: config.kernel.clone(), source })?;
-    let initrd = config
-        .initrd
-        .as_ref()
-        .map(|path| open(path).map_err(|source| BootError::ReadInitrd { path: path.clone(), source }));
-    let source =
-        BootSource { kernel, initrd: initrd.transpose()?, cmdline: config.kernel_cmdline(), rsdp: layout::ACPI };
-    Ok(boot::load(ram, &source, &KernelCache::of_user())?)
 }
 
 type Platform = (Arc<Mutex<EventDevice>>, Arc<SerialPort>);

@@ -9,13 +9,14 @@ mod devices;
 mod error;
 mod events;
 mod lifecycle;
+mod parts;
 
 use std::os::fd::RawFd;
 use std::sync::{Arc, Mutex, PoisonError};
 
-pub use self::builder::SerialSetup;
 pub use self::error::{KvmError, MachineError};
 pub use self::lifecycle::{End, State};
+pub use self::parts::{OpenDisk, OpenNic, Parts, SerialSetup, open_initrd, open_kernel};
 
 use self::board::Board;
 use self::events::EventQueue;
@@ -29,6 +30,7 @@ use crate::platform::serial::SerialPort;
 /// A VM, from the moment it is built to its end. Dropping it ends it.
 pub struct Machine {
     state: State,
+    vcpu_thread: &'static str,
     /// vCPUs before the start; then empty.
     waiting: Vec<Vcpu>,
     // Dropped first: no vCPU runs while the devices go.
@@ -54,7 +56,7 @@ impl Machine {
         #[cfg(feature = "fuzzing")]
         let handler = crate::fuzzing::recorded(handler);
         for vcpu in std::mem::take(&mut self.waiting) {
-            self.running.push(vcpu.start(handler.clone())?);
+            self.running.push(vcpu.start(self.vcpu_thread, handler.clone())?);
         }
         Ok(())
     }

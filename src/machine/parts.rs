@@ -1,0 +1,220 @@
+//! What a machine is made of, opened: whatever can be wrong with the host's files, disks and networks is found out
+//! here, before there is a machine.
+
+use std::path::Path;
+use std::sync::Arc;
+
+use super::error::MachineError;
+use crate::backend::disk::Disk;
+use crate::backend::passt::Passt;
+use crate::backend::tap::Tap;
+use crate::backend::vhost::VhostNet;
+use crate::backend::{HostFile, HostFiles};
+use crate::boot::{BootError, BootFile};
+use crate::config::{
+    DiskConfig, EntropyConfig, MAX_USER_MTU, MacAddress, MemorySize, NetBackend, NetConfig, SerialConfig, Transport,
+    VmConfig,
+};
+use crate::devices::block::{BlockOptions, Rings};
+use crate::devices::net::NetOptions;
+use crate::devices::{Front, block, net};
+use crate::platform::serial::{SerialOutput, stdout_file};
+
+/// Everything that [`Machine::build`](super::Machine::build) needs.
+pub struct Parts {
+    pub kernel: BootFile,
+    pub initrd: Option<BootFile>,
+    /// All of the kernel's command line.
+    pub cmdline: String,
+    pub cpus: u8,
+    pub memory: MemorySize,
+    /// Guests number disks, then network cards, in this order.
+    pub disks: Vec<OpenDisk>,
+    pub nics: Vec<OpenNic>,
+    pub entropy: Option<EntropyConfig>,
+    pub serial: SerialSetup,
+    pub transport: Transport,
+    /// What a vCPU's thread is called, in front of its number.
+    pub vcpu_thread: &'static str,
+}
+
+impl Parts {
+    /// Opens what a configuration names. What other programs notice comes last: an output that is emptied, a network
+    /// that is joined.
+    ///
+    /// # Errors
+    /// The first thing that is wrong; all is closed again then.
+    pub fn open(config: &VmConfig, host: &dyn HostFiles) -> Result<Self, MachineError> {
+        config.validate()?;
+        let kernel = open_kernel(&config.kernel, host)?;
+        let initrd = config.initrd.as_ref().map(|path| open_initrd(path, host)).transpose()?;
+        let open_disk = |(index, disk): (usize, &DiskConfig)| {
+            let id = disk.id.clone().unwrap_or_else(|| format!("block{index}"));
+            OpenDisk::open(&id, disk, host)
+        };
+        let disks = config.disks.iter().enumerate().map(open_disk).collect::<Result<_, _>>()?;
+        let serial = SerialSetup::open(&config.serial, host)?;
+        let open_nic = |(index, nic)| OpenNic::open(&format!("net{index}"), nic, host);
+        let nics = config.nics.iter().enumerate().map(open_nic).collect::<Result<_, _>>()?;
+        Ok(Self {
+            kernel,
+            initrd,
+            cmdline: config.kernel_cmdline(),
+            cpus: config.cpus,
+            memory: config.memory,
+            disks,
+            nics,
+            entropy: config.entropy.clone(),
+            serial,
+            transport: config.transport,
+            vcpu_thread: "vcpu",
+        })
+    }
+
+    /// How many virtio devices there will be.
+    #[must_use]
+    pub fn devices(&self) -> usize {
+        self.disks.len() + self.nics.len() + usize::from(self.entropy.is_some())
+    }
+}
+
+/// Opens a kernel, whose contents [`Machine::build`](super::Machine::build) will judge.
+///
+/// # Errors
+/// When the host has no such file for us.
+pub fn open_kernel(path: &Path, host: &dyn HostFiles) -> Result<BootFile, MachineError> {
+    open_boot_file(path, host, |path, source| BootError::ReadKernel { path, source })
+}
+
+/// Opens an initrd; else as [`open_kernel`].
+///
+/// # Errors
+/// As there.
+pub fn open_initrd(path: &Path, host: &dyn HostFiles) -> Result<BootFile, MachineError> {
+    open_boot_file(path, host, |path, source| BootError::ReadInitrd { path, source })
+}
+
+fn open_boot_file(
+    path: &Path,
+    host: &dyn HostFiles,
+    error: fn(std::path::PathBuf, std::io::Error) -> BootError,
+) -> Result<BootFile, MachineError> {
+    let path = path.to_owned();
+    match host.open(&HostFile::BootFile(path.clone())) {
+        Ok(file) => Ok(BootFile { file, path }),
+        Err(source) => Err(error(path, source).into()),
+    }
+}
+
+/// A disk that is open and locked: nobody else gets it while this is there, not even we once more.
+pub struct OpenDisk {
+    id: String,
+    config: DiskConfig,
+    disk: Arc<Disk>,
+    rings: Rings,
+}
+
+impl OpenDisk {
+    /// Opens a disk, which the machine's owner will find by `id`.
+    ///
+    /// # Errors
+    /// Whatever is wrong with the file, or with io_uring if that is wanted by name.
+    pub fn open(id: &str, config: &DiskConfig, host: &dyn HostFiles) -> Result<Self, MachineError> {
+        let disk = Arc::new(Disk::open_image(host, &config.path, config.read_only, &config.image)?);
+        let rings = Rings::new(&disk, host, config.engine, config.queues)?;
+        Ok(Self { id: id.to_owned(), config: config.clone(), disk, rings })
+    }
+
+    #[must_use]
+    pub fn id(&self) -> &str {
+        &self.id
+    }
+
+    pub(super) fn disk(&self) -> &Disk {
+        &self.disk
+    }
+
+    /// Makes the device, called `name` in logs.
+    pub(super) fn into_device(self, name: String) -> Result<Front, MachineError> {
+        let config = &self.config;
+        let options = BlockOptions { id: config.id.as_deref(), cache: config.cache, queues: config.queues };
+        block::device(name, self.disk, self.rings, options).map_err(MachineError::host("make a block device"))
+    }
+}
+
+/// A network card that is attached to its network.
+pub struct OpenNic {
+    id: String,
+    options: NetOptions,
+    wire: Wire,
+}
+
+/// What carries a card's frames.
+enum Wire {
+    /// The queues of a tap, and as many vhosts, or none.
+    Tap(Vec<Tap>, Vec<VhostNet>),
+    Passt(Passt),
+}
+
+impl OpenNic {
+    /// Joins a network, for a card that the machine's owner will find by `id`.
+    ///
+    /// # Errors
+    /// Whatever keeps us out of it.
+    pub fn open(id: &str, config: &NetConfig, host: &dyn HostFiles) -> Result<Self, MachineError> {
+        let mut options = NetOptions { mac: config.mac, mtu: config.mtu, shape: None };
+        let wire = match &config.backend {
+            NetBackend::Tap(tap) => {
+                let taps = Tap::attach(host, &tap.name, tap.queues)?;
+                let vhosts = if tap.vhost { tap.queues } else { 0 };
+                Wire::Tap(taps, (0..vhosts).map(|_| VhostNet::open(host)).collect::<Result<_, _>>()?)
+            }
+            NetBackend::User(network) => {
+                let mac = match config.mac {
+                    Some(mac) => mac,
+                    None => MacAddress(net::random_mac().map_err(MachineError::host("find a MAC address"))?),
+                };
+                options.mac = Some(mac);
+                Wire::Passt(Passt::start(host, network, config.mtu.unwrap_or(MAX_USER_MTU), mac.0)?)
+            }
+        };
+        Ok(Self { id: id.to_owned(), options, wire })
+    }
+
+    #[must_use]
+    pub fn id(&self) -> &str {
+        &self.id
+    }
+
+    /// Makes the device, called `name` in logs.
+    pub(super) fn into_device(self, name: String) -> Result<Front, MachineError> {
+        match self.wire {
+            Wire::Tap(taps, vhosts) => net::device(name, taps, vhosts, self.options),
+            Wire::Passt(passt) => net::user_device(name, passt, self.options),
+        }
+        .map_err(MachineError::host("make a network card"))
+    }
+}
+
+/// Where the serial port's output goes.
+pub struct SerialSetup(pub SerialOutput);
+
+impl SerialSetup {
+    /// Opens what the configuration names. A socket has no client yet; the caller listens.
+    ///
+    /// # Errors
+    /// When a file cannot be created.
+    pub fn open(config: &SerialConfig, host: &dyn HostFiles) -> Result<Self, MachineError> {
+        Ok(Self(match config {
+            SerialConfig::Null => SerialOutput::Null,
+            SerialConfig::Socket(_) => SerialOutput::Socket(None),
+            SerialConfig::Stdio => {
+                SerialOutput::File(stdout_file().map_err(MachineError::host("use standard output"))?)
+            }
+            SerialConfig::File(path) => {
+                let file = host.open(&HostFile::SerialOutput(path.clone()));
+                SerialOutput::File(file.map_err(|source| MachineError::Serial { path: path.clone(), source })?)
+            }
+        }))
+    }
+}
