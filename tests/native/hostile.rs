@@ -104,7 +104,7 @@ fn survives(transport: &str, cmdline: &str) {
     // `ip netns exec` becomes the program.
     let pid = running.child.id();
     let (memory_before, files) = (memory(pid), names(Path::new(&format!("/proc/{pid}/fd"))));
-    running.output.wait_for("\ndone: ", LIMIT);
+    running.output.wait_for(" failed\n", LIMIT);
     let grown = memory(pid).saturating_sub(memory_before);
     assert!(grown < MOST_MEMORY, "the VMM has grown by {grown} KiB");
     // A queue that runs has a descriptor more, and the guest leaves all its devices running.
