@@ -146,6 +146,8 @@ impl<S: Service> Server<S> {
             self.post.awake();
             match count {
                 Ok(count) => {
+                    // The listener last: who has left makes room for who comes.
+                    events[..count].sort_unstable_by_key(|event| event.data() == LISTENER);
                     for event in &events[..count] {
                         self.happens(event);
                         self.deliver_all(&mut letters);
