@@ -27,7 +27,7 @@ struct Cli {
 
 #[derive(Debug, Subcommand)]
 enum Verb {
-    Run(run::RunArgs),
+    Run(Box<run::RunArgs>),
     #[command(subcommand)]
     Kernel(kernel::KernelVerb),
     /// Make disks, look at them, resize, mend and copy them
@@ -45,7 +45,7 @@ pub fn command() -> clap::Command {
 pub fn main(start: Instant) -> ExitCode {
     share_one_heap();
     match Cli::parse().verb {
-        Verb::Run(args) => run::run(args, start),
+        Verb::Run(args) => run::run(*args, start),
         Verb::Kernel(verb) => kernel::run(verb),
         Verb::Disk(args) => disk::run(args),
     }

@@ -46,7 +46,7 @@ pub struct RunArgs {
     rootfs: Option<DiskConfig>,
 
     /// Another disk; may be repeated. Options: ro, id=NAME, cache=writeback|unsafe, queues=N, engine=sync|io_uring|auto,
-    /// format=raw|qcow2[,backing=PATH[,backing-format=raw|qcow2]]...
+    /// format=raw|qcow2[,backing=PATH[,backing-format=raw|qcow2]]..., and limits: bandwidth=BYTES[/MS][+BURST], ops=N[/MS][+BURST]
     #[arg(long, value_name = "PATH[,OPTION]...", value_parser = DiskConfig::from_arg)]
     disk: Vec<DiskConfig>,
 
@@ -59,7 +59,8 @@ pub struct RunArgs {
     memory: MemorySize,
 
     /// Network card; may be repeated. In a network of its own, without rights (through passt): user[,forward=tcp|udp:HOSTPORT:GUESTPORT]...
-    /// [,host=on|off]. On an existing tap: tap=NAME[,queues=N][,vhost=on|off]. Either takes mac=ADDRESS and mtu=BYTES
+    /// [,host=on|off]. On an existing tap: tap=NAME[,queues=N][,vhost=on|off]. Either takes mac=ADDRESS, mtu=BYTES, and limits as of a
+    /// disk each way: rx-bandwidth, rx-ops, tx-bandwidth, tx-ops
     #[arg(long, value_name = "user|tap=NAME[,OPTION]...")]
     net: Vec<NetConfig>,
 
@@ -118,7 +119,7 @@ impl RunArgs {
             memory: self.memory,
             disks: root.into_iter().chain(self.disk).collect(),
             nics: self.net,
-            entropy: Some(EntropyConfig {}),
+            entropy: Some(EntropyConfig::default()),
             serial: self.serial,
             transport: self.transport,
         })

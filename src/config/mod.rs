@@ -1,5 +1,6 @@
 //! What a VM is: plain data with defaults, units and validation.
 
+mod limits;
 mod options;
 mod units;
 
@@ -8,6 +9,7 @@ use std::path::PathBuf;
 
 use thiserror::Error;
 
+pub use limits::{RateLimits, TokenBucket};
 pub use units::{MacAddress, MemorySize};
 
 /// Most vCPUs a VM can have.
@@ -65,6 +67,10 @@ pub enum ConfigError {
     RepeatedMac(MacAddress),
     #[error("the tap '{0}' is given to two network cards")]
     RepeatedTap(String),
+    #[error(
+        "the card on the tap '{0}' has limits, which only hold without vhost: the host's kernel would move its frames"
+    )]
+    LimitsOfVhost(String),
     #[error("{0} vCPUs are out of range: 1 to {MAX_CPUS}")]
     Cpus(u8),
     #[error("{0} of memory is too little: {min} at least", min = MemorySize(MIN_MEMORY))]
@@ -113,6 +119,7 @@ pub struct DiskConfig {
     pub queues: u16,
     pub root: bool,
     pub image: Image,
+    pub limits: RateLimits,
 }
 
 /// What is in a disk's file, and what is behind it.
@@ -168,6 +175,10 @@ pub struct NetConfig {
     pub mac: Option<MacAddress>,
     /// The back end's when absent.
     pub mtu: Option<u16>,
+    /// Of what the guest receives.
+    pub rx_limits: RateLimits,
+    /// Of what the guest sends.
+    pub tx_limits: RateLimits,
 }
 
 /// Where a card's frames go.
@@ -220,7 +231,9 @@ impl fmt::Display for ForwardedProtocol {
 
 /// A device that gives the guest of the host's entropy.
 #[derive(Debug, Clone, PartialEq, Eq, Default)]
-pub struct EntropyConfig {}
+pub struct EntropyConfig {
+    pub limits: RateLimits,
+}
 
 /// Where the serial port goes.
 #[derive(Debug, Clone, PartialEq, Eq, Default)]
@@ -252,6 +265,7 @@ impl VmConfig {
         if let Some(name) = repeated(taps) {
             return Err(ConfigError::RepeatedTap(name.clone()));
         }
+        self.nics.iter().try_for_each(NetConfig::validate)?;
         let forwards = self.nics.iter().filter_map(|nic| match &nic.backend {
             NetBackend::User(network) => Some(&network.forwards),
             NetBackend::Tap(_) => None,
@@ -304,6 +318,20 @@ pub fn check_size(cpus: u8, memory: MemorySize, devices: usize) -> Result<(), Co
     Ok(())
 }
 
+impl NetConfig {
+    /// Checks what no single option can know by itself.
+    ///
+    /// # Errors
+    /// The first rule that does not hold.
+    pub fn validate(&self) -> Result<(), ConfigError> {
+        let limited = !(self.rx_limits.is_unlimited() && self.tx_limits.is_unlimited());
+        match &self.backend {
+            NetBackend::Tap(tap) if tap.vhost && limited => Err(ConfigError::LimitsOfVhost(tap.name.clone())),
+            _ => Ok(()),
+        }
+    }
+}
+
 fn repeated<T: PartialEq>(items: impl Iterator<Item = T>) -> Option<T> {
     let items: Vec<T> = items.collect();
     let at = (1..items.len()).find(|&i| items[..i].contains(&items[i]))?;
@@ -323,7 +351,7 @@ mod tests {
             memory: MemorySize(128 << 20),
             disks: Vec::new(),
             nics: Vec::new(),
-            entropy: Some(EntropyConfig {}),
+            entropy: Some(EntropyConfig::default()),
             serial: SerialConfig::Null,
             transport: Transport::default(),
         }
@@ -357,6 +385,20 @@ mod tests {
         let nics: Vec<NetConfig> =
             vec!["tap=t0,mac=02:0:0:0:0:1".parse().unwrap(), "tap=t1,mac=02:00:00:00:00:01".parse().unwrap()];
         assert!(matches!(VmConfig { nics, ..config() }.validate(), Err(ConfigError::RepeatedMac(_))));
+    }
+
+    #[test]
+    fn the_hosts_kernel_knows_no_limits() {
+        for (text, ok) in [
+            ("tap=t,vhost=on", true),
+            ("tap=t,rx-ops=1", true),
+            ("tap=t,vhost=on,rx-ops=1", false),
+            ("tap=t,vhost=on,tx-bandwidth=1M", false),
+            ("user,rx-ops=1", true),
+        ] {
+            let vm = VmConfig { nics: vec![text.parse().unwrap()], ..config() };
+            assert_eq!(vm.validate(), if ok { Ok(()) } else { Err(ConfigError::LimitsOfVhost("t".into())) }, "{text}");
+        }
     }
 
     #[test]

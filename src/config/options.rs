@@ -7,8 +7,8 @@ use std::str::FromStr;
 
 use super::{
     Backing, CacheMode, ConfigError, DiskConfig, DiskFormat, Forward, ForwardedProtocol, Image, IoEngine,
-    MAX_DISK_QUEUES, MAX_NET_QUEUES, MAX_USER_MTU, NetBackend, NetConfig, SerialConfig, TapNetwork, Transport,
-    UserNetwork,
+    MAX_DISK_QUEUES, MAX_NET_QUEUES, MAX_USER_MTU, NetBackend, NetConfig, RateLimits, SerialConfig, TapNetwork,
+    TokenBucket, Transport, UserNetwork,
 };
 
 /// The parts of an option text, each at most once but for a disk's backing files and a network's forwards.
@@ -57,11 +57,11 @@ fn flag(key: &'static str, value: Option<&str>) -> Result<bool, ConfigError> {
     }
 }
 
-const DISK_OPTIONS: &str = "format, backing, backing-format, ro, id, cache, queues and engine";
+const DISK_OPTIONS: &str = "format, backing, backing-format, ro, id, cache, queues, engine, bandwidth and ops";
 
 impl DiskConfig {
     /// `PATH[,format=raw|qcow2[,backing=PATH[,backing-format=raw|qcow2]]...][,ro][,id=NAME][,cache=writeback|unsafe]
-    /// [,queues=N][,engine=sync|io_uring|auto]`
+    /// [,queues=N][,engine=sync|io_uring|auto][,bandwidth=BYTES[/MS][+BURST]][,ops=N[/MS][+BURST]]`
     ///
     /// # Errors
     /// What is wrong with the text.
@@ -79,6 +79,7 @@ impl DiskConfig {
             queues: 1,
             root: false,
             image: Image::default(),
+            limits: RateLimits::default(),
         };
         for (key, value) in rest {
             match (key.as_str(), value) {
@@ -96,6 +97,8 @@ impl DiskConfig {
                 }
                 ("engine", value) => disk.engine = value.unwrap_or_default().parse()?,
                 ("queues", value) => disk.queues = disk_queues(value.unwrap_or_default())?,
+                ("bandwidth", value) => disk.limits.bandwidth = Some(bandwidth("bandwidth", value)?),
+                ("ops", value) => disk.limits.operations = Some(operations("ops", value)?),
                 (key, value) if disk.image.set(key, value.as_deref())? => {}
                 _ => return Err(ConfigError::UnknownOption { key, known: DISK_OPTIONS }),
             }
@@ -192,19 +195,29 @@ fn disk_queues(value: String) -> Result<u16, ConfigError> {
     queues.ok_or(ConfigError::OptionValue { key: "queues", value, takes: "1 to 16" })
 }
 
-const NET_OPTIONS: &str = "tap, queues and vhost, or user, forward and host, with mac and mtu";
+fn bandwidth(key: &'static str, value: Option<String>) -> Result<TokenBucket, ConfigError> {
+    TokenBucket::of_bytes(key, &value.unwrap_or_default())
+}
+
+fn operations(key: &'static str, value: Option<String>) -> Result<TokenBucket, ConfigError> {
+    TokenBucket::of_operations(key, &value.unwrap_or_default())
+}
+
+const NET_OPTIONS: &str = "tap, queues and vhost, or user, forward and host, with mac, mtu and {rx,tx}-{bandwidth,ops}";
 
 impl FromStr for NetConfig {
     type Err = ConfigError;
 
     /// `tap=NAME[,queues=N][,vhost=on|off]` or `user[,forward=tcp|udp:HOSTPORT:GUESTPORT]...[,host=on|off]`, with
-    /// `[,mac=ADDRESS][,mtu=BYTES]`, in any order
+    /// `[,mac=ADDRESS][,mtu=BYTES][,rx-bandwidth=BYTES[/MS][+BURST]][,rx-ops=N[/MS][+BURST]]` and `tx-` likewise, in any
+    /// order
     fn from_str(text: &str) -> Result<Self, ConfigError> {
         // All parts are keyed, so the first one is like the others.
         let Parts { rest, .. } = Parts::split(&format!(",{text}"))?;
         let (mut name, mut queues, mut vhost) = (None, None, None);
         let (mut user, mut host, mut forwards) = (false, None, Vec::new());
         let (mut mac, mut mtu) = (None, None);
+        let (mut rx_limits, mut tx_limits) = (RateLimits::default(), RateLimits::default());
         for (key, value) in rest {
             match (key.as_str(), value) {
                 ("vhost", value) => vhost = Some(flag("vhost", value.as_deref())?),
@@ -223,6 +236,10 @@ impl FromStr for NetConfig {
                     let count = value.parse().ok().filter(|n| (1..=MAX_NET_QUEUES).contains(n));
                     queues = Some(count.ok_or(ConfigError::OptionValue { key: "queues", value, takes: "1 to 16" })?);
                 }
+                ("rx-bandwidth", value) => rx_limits.bandwidth = Some(bandwidth("rx-bandwidth", value)?),
+                ("tx-bandwidth", value) => tx_limits.bandwidth = Some(bandwidth("tx-bandwidth", value)?),
+                ("rx-ops", value) => rx_limits.operations = Some(operations("rx-ops", value)?),
+                ("tx-ops", value) => tx_limits.operations = Some(operations("tx-ops", value)?),
                 _ => return Err(ConfigError::UnknownOption { key, known: NET_OPTIONS }),
             }
         }
@@ -245,7 +262,7 @@ impl FromStr for NetConfig {
                 NetBackend::User(UserNetwork { forwards, host: host.unwrap_or(false) })
             }
         };
-        Ok(Self { backend, mac, mtu })
+        Ok(Self { backend, mac, mtu, rx_limits, tx_limits })
     }
 }
 
@@ -332,6 +349,7 @@ mod tests {
             queues: 4,
             root: false,
             image: Image::default(),
+            limits: RateLimits::default(),
         };
         assert_eq!(disk, expected);
         assert_eq!("my,,disk,ro=off".parse::<DiskConfig>().unwrap().path, PathBuf::from("my,disk"));
@@ -424,6 +442,23 @@ mod tests {
         assert_eq!("tap=t,forward=tcp:1:1".parse::<NetConfig>(), other("forward", "a user network"));
         assert_eq!("tap=t,user".parse::<NetConfig>(), Err(ConfigError::TwoNetBackends));
         assert!(matches!("user,mtu=65521".parse::<NetConfig>(), Err(ConfigError::OptionValue { key: "mtu", .. })));
+    }
+
+    #[test]
+    fn limits() {
+        let bucket = |size, refill_ms, burst| Some(TokenBucket { size, refill_ms, burst });
+        let limits = |bandwidth, operations| RateLimits { bandwidth, operations };
+        let disk = |text: &str| text.parse::<DiskConfig>().map(|disk| disk.limits);
+        assert_eq!(disk("a,bandwidth=1M,ops=9/10+8"), Ok(limits(bucket(1 << 20, 1000, 0), bucket(9, 10, 8))));
+        let nic: NetConfig = "tx-ops=1,rx-bandwidth=2K,tap=t,tx-bandwidth=3K,rx-ops=4".parse().unwrap();
+        assert_eq!(nic.rx_limits, limits(bucket(2048, 1000, 0), bucket(4, 1000, 0)));
+        assert_eq!(nic.tx_limits, limits(bucket(3072, 1000, 0), bucket(1, 1000, 0)));
+        for text in ["a,ops", "a,ops=", "a,bandwidth=0", "a,ops=1,ops=1", "a,rx-ops=1"] {
+            assert!(disk(text).is_err(), "{text}");
+        }
+        for text in ["ops=1", "rx-ops", "tx-ops=1M", "rx-bandwidth=x", "tx-bandwidth=0"] {
+            assert!(format!("user,{text}").parse::<NetConfig>().is_err(), "{text}");
+        }
     }
 
     #[test]

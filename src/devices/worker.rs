@@ -8,7 +8,8 @@
 //!
 //! The thread is made with its device, before rights are taken away, and sleeps in `epoll_wait` unless there is
 //! work. It serves a queue for a bounded turn, so that no guest keeps it from its other queues, and ends the
-//! turn after the request in hand when a command is waiting.
+//! turn after the request in hand when a command is waiting. A queue whose next request is over its limits rests
+//! until the request may pass; nobody waits for that who wants it stopped.
 //!
 //! Everything is watched edge-triggered: an eventfd needs no read to be quiet again, and a descriptor in error
 //! does not wake the thread for ever.
@@ -19,12 +20,13 @@ use std::sync::Arc;
 use std::sync::atomic::{AtomicBool, Ordering};
 use std::sync::mpsc::{self, Receiver, RecvTimeoutError, Sender, SyncSender};
 use std::thread::JoinHandle;
-use std::time::Duration;
+use std::time::{Duration, Instant};
 
 use vmm_sys_util::epoll::{ControlOperation, Epoll, EpollEvent, EventSet};
 use vmm_sys_util::eventfd::{EFD_CLOEXEC, EFD_NONBLOCK, EventFd};
 
 use super::front::QueueServer;
+use crate::backend::limiter::{Limiter, Wait};
 use crate::memory::Ram;
 use crate::virtio::{Chain, QueueResources, QueueState, RingError, StillBusy, Virtqueue};
 
@@ -33,6 +35,9 @@ const STACK: usize = 128 << 10;
 
 /// Requests in one turn of a queue.
 const TURN: u32 = 64;
+
+/// The longest rest of a queue before its limits are asked again.
+const LONGEST_REST: Duration = Duration::from_secs(3600);
 
 /// What a device does with its queues. All calls come from the device's thread.
 pub trait Engine: Send {
@@ -55,6 +60,11 @@ pub trait Engine: Send {
 
     /// Descriptors that bring work for queues, besides the driver's kicks: one a queue at most, and none twice.
     fn sources(&self) -> Vec<Source> {
+        Vec::new()
+    }
+
+    /// What its requests may have to wait for: when it changes, they are tried again.
+    fn limiters(&self) -> Vec<Arc<Limiter>> {
         Vec::new()
     }
 }
@@ -81,6 +91,9 @@ pub enum Served {
     NoBuffers,
     /// For want of work from the engine's source, which goes on with it. The driver need not kick.
     NoWork,
+    /// Because the next request is over its limits: it is tried again in time. Neither the driver nor the source is
+    /// listened to before.
+    Throttled(Wait),
 }
 
 /// A bounded number of requests.
@@ -108,19 +121,25 @@ impl Turn<'_> {
     }
 }
 
-/// Serves a queue's chains one by one: `request` returns how many bytes it wrote.
+/// Serves a queue's chains one by one: `request` returns how many bytes it wrote. One that has to wait has done nothing
+/// yet, and stays in the ring.
 pub fn serve_each(
     queue: &mut Virtqueue,
     chain: &mut Chain,
     turn: &mut Turn<'_>,
-    mut request: impl FnMut(&mut Chain, &mut Virtqueue) -> u32,
+    mut request: impl FnMut(&mut Chain, &mut Virtqueue) -> Result<u32, Wait>,
 ) -> Result<Served, RingError> {
     while turn.another() {
         if !queue.pop(chain)? {
             return Ok(Served::NoBuffers);
         }
-        let written = request(chain, queue);
-        queue.push_used(chain.head, written)?;
+        match request(chain, queue) {
+            Ok(written) => queue.push_used(chain.head, written)?,
+            Err(wait) => {
+                queue.undo_pop();
+                return Ok(Served::Throttled(wait));
+            }
+        }
     }
     Ok(Served::TurnOver)
 }
@@ -138,7 +157,7 @@ pub struct Worker {
     other: Option<(u16, u16)>,
     commands: Sender<Command>,
     called: Arc<AtomicBool>,
-    bell: EventFd,
+    bell: Arc<EventFd>,
     /// Queues that have been asked to stop, and where the answer will come.
     stopping: Vec<(u16, Receiver<Option<QueueState>>)>,
     thread: Option<JoinHandle<()>>,
@@ -157,16 +176,19 @@ impl Worker {
         queues: &[(u16, u16)],
         other: Option<(u16, u16)>,
     ) -> io::Result<Self> {
-        let bell = EventFd::new(EFD_NONBLOCK | EFD_CLOEXEC)?;
+        let bell = Arc::new(EventFd::new(EFD_NONBLOCK | EFD_CLOEXEC)?);
         let epoll = Epoll::new()?;
         watch(&epoll, ControlOperation::Add, bell.as_raw_fd(), BELL, EventSet::IN)?;
         let mut slots: Vec<_> =
-            queues.iter().chain(&other).map(|&(index, _)| Slot { index, running: None, source: None }).collect();
+            queues.iter().chain(&other).map(|&(index, _)| Slot { index, ..Slot::default() }).collect();
         for source in engine.sources() {
             let slot = slots.iter().position(|slot| slot.index == source.queue).ok_or(io::ErrorKind::InvalidInput)?;
             let events = if source.always { source.events } else { EventSet::empty() };
             watch(&epoll, ControlOperation::Add, source.fd, slot as u64, events)?;
             slots[slot].source = (!source.always).then_some(Listener { source, listening: false });
+        }
+        for limiter in engine.limiters() {
+            limiter.ring_on_change(bell.clone());
         }
         let called = Arc::new(AtomicBool::new(false));
         let (commands, inbox) = mpsc::channel();
@@ -256,10 +278,13 @@ struct Running {
 }
 
 /// A queue of the device, running or not.
+#[derive(Default)]
 struct Slot {
     index: u16,
     running: Option<Box<Running>>,
     source: Option<Listener>,
+    /// Until when it rests because of its limits.
+    throttled: Option<Instant>,
 }
 
 /// A source that is listened to at times.
@@ -286,11 +311,14 @@ impl Service {
     fn run(mut self) {
         let mut events = [EpollEvent::default(); 8];
         loop {
-            let timeout = if self.ready == 0 { -1 } else { 0 };
-            match self.epoll.wait(timeout, &mut events) {
+            let mut rung = false;
+            match self.epoll.wait(self.timeout(), &mut events) {
                 Ok(count) => {
-                    for event in events[..count].iter().filter(|event| event.data() != BELL) {
-                        self.ready |= 1 << event.data();
+                    for event in &events[..count] {
+                        match event.data() {
+                            BELL => rung = true,
+                            slot => self.ready |= 1 << slot,
+                        }
                     }
                 }
                 Err(error) if error.kind() == io::ErrorKind::Interrupted => continue,
@@ -306,11 +334,32 @@ impl Service {
                     }
                 }
             }
+            // Limits may have changed when the bell has rung.
+            self.end_rests(rung);
             for slot in 0..self.slots.len() {
                 if self.ready & (1 << slot) != 0 {
                     self.ready &= !(1 << slot);
                     self.serve(slot);
                 }
+            }
+        }
+    }
+
+    /// Milliseconds to wait for events, at most.
+    fn timeout(&self) -> i32 {
+        if self.ready != 0 {
+            return 0;
+        }
+        let Some(due) = self.slots.iter().filter_map(|slot| slot.throttled).min() else { return -1 };
+        let rest = due.saturating_duration_since(Instant::now());
+        rest.as_micros().div_ceil(1000).try_into().unwrap_or(i32::MAX)
+    }
+
+    /// Has queues served again that rest because of their limits: those whose time has come, or all of them.
+    fn end_rests(&mut self, all: bool) {
+        for (at, slot) in self.slots.iter().enumerate() {
+            if slot.throttled.is_some_and(|due| all || due <= Instant::now()) {
+                self.ready |= 1 << at;
             }
         }
     }
@@ -336,6 +385,7 @@ impl Service {
         let slot = self.slot_of(index)?;
         let mut running = self.slots[slot].running.take()?;
         self.ready &= !(1 << slot);
+        self.slots[slot].throttled = None;
         self.listen(slot, false);
         self.engine.stop(&mut running.queue);
         if !running.broken {
@@ -346,6 +396,7 @@ impl Service {
     }
 
     fn serve(&mut self, slot: usize) {
+        self.slots[slot].throttled = None;
         let Some(running) = self.slots[slot].running.as_mut().filter(|running| !running.broken) else { return };
         let queue = &mut running.queue;
         queue.disable_kicks();
@@ -355,6 +406,10 @@ impl Service {
         match result {
             Ok(Served::TurnOver) => self.ready |= 1 << slot,
             Ok(Served::NoWork) => self.listen(slot, true),
+            Ok(Served::Throttled(Wait(time))) => {
+                self.slots[slot].throttled = Some(Instant::now() + time.min(LONGEST_REST));
+                self.listen(slot, false);
+            }
             Ok(Served::NoBuffers) => {
                 if queue.enable_kicks() {
                     self.ready |= 1 << slot;

@@ -14,7 +14,7 @@ use super::input::Input;
 use super::queues::{self, MEMORY};
 use crate::config::{CacheMode, IoEngine};
 use crate::devices::block::{BlockOptions, Rings};
-use crate::devices::net::NetOptions;
+use crate::devices::net::{NetLimiters, NetOptions};
 use crate::devices::{Front, block, net, rng};
 use crate::memory::{Ram, anonymous};
 use crate::platform::bus::{Bus, shared};
@@ -109,9 +109,9 @@ fn devices() -> (Vec<Front>, File) {
     let options = BlockOptions { id: Some("fuzzed"), cache: CacheMode::Writeback, queues: 1 };
     let (tap, network) = queues::network();
     let devices = [
-        block::device("block0".into(), disk, rings, options),
-        net::device("net0".into(), vec![tap], Vec::new(), NetOptions::default()),
-        rng::device("rng0".into()),
+        block::device("block0".into(), disk, rings, options, Arc::default()),
+        net::device("net0".into(), vec![tap], Vec::new(), NetOptions::default(), NetLimiters::default()),
+        rng::device("rng0".into(), Arc::default()),
     ];
     (devices.into_iter().map(|device| device.expect("threads for a device")).collect(), network)
 }

@@ -17,7 +17,7 @@ use super::memory_files::{MemoryFiles, empty};
 use crate::backend::{Disk, Passt, Tap};
 use crate::config::{CacheMode, IoEngine};
 use crate::devices::block::{Rings, SyncEngine};
-use crate::devices::net::{Card, PairEngine, UserEngine};
+use crate::devices::net::{Card, NetLimiters, PairEngine, UserEngine};
 use crate::devices::rng::RngEngine;
 use crate::devices::worker::{Engine, Turn};
 use crate::memory::{Ram, anonymous};
@@ -123,7 +123,7 @@ fn block_engine(engine: IoEngine, only: bool, read_only: bool) -> Box<dyn Engine
     let rings = Rings::new(&disk, &files, engine, 1).or_else(|_| Rings::new(&disk, &files, IoEngine::Sync, 1));
     let mut rings = rings.expect("no rings can always be had");
     rings.only = only;
-    rings.engine(0, SyncEngine::new("block0".into(), disk, [b'i'; 20], CacheMode::Writeback))
+    rings.engine(0, SyncEngine::new("block0".into(), disk, [b'i'; 20], CacheMode::Writeback, Arc::default()))
 }
 
 /// The engine, and where packets for it come from.
@@ -137,14 +137,15 @@ fn engine(of: Served) -> (Box<dyn Engine>, Option<File>) {
             let (tap, net) = network();
             let tap = Arc::new(tap);
             let card = Card::new([2, 0, 0, 0, 0, 1], 1500, vec![tap.clone()]);
-            (Box::new(PairEngine::new("net0".into(), 0, tap, card.into())), Some(net))
+            (Box::new(PairEngine::new("net0".into(), 0, tap, card.into(), NetLimiters::default())), Some(net))
         }
-        Served::Rng => (Box::new(RngEngine), None),
+        Served::Rng => (Box::new(RngEngine::default()), None),
         Served::ReceiveUser | Served::SendUser => {
             let (theirs, ours) = UnixStream::pair().expect("a pair of sockets");
             ours.set_nonblocking(true).expect("a socket of ours");
             let card = Card::new([2, 0, 0, 0, 0, 1], 1500, Vec::new());
-            let engine = UserEngine::new("net0".into(), Passt::played_by(theirs, 1500), card.into());
+            let engine =
+                UserEngine::new("net0".into(), Passt::played_by(theirs, 1500), card.into(), NetLimiters::default());
             (Box::new(engine), Some(OwnedFd::from(ours).into()))
         }
     }

@@ -5,6 +5,7 @@ use std::sync::{Arc, Mutex};
 use super::board::Board;
 use super::error::MachineError;
 use super::parts::{OpenDisk, OpenNic};
+use crate::backend::Limiter;
 use crate::backend::disk::DiskCloser;
 use crate::config::{EntropyConfig, Transport};
 use crate::devices::{Front, rng};
@@ -47,8 +48,9 @@ impl Opened {
         for (index, nic) in self.nics.into_iter().enumerate() {
             devices.push(nic.into_device(format!("net{index}"))?);
         }
-        if let Some(EntropyConfig {}) = self.entropy {
-            devices.push(rng::device("rng0".into()).map_err(MachineError::host("make the entropy device"))?);
+        if let Some(EntropyConfig { limits }) = self.entropy {
+            let device = rng::device("rng0".into(), Arc::new(Limiter::new(limits)));
+            devices.push(device.map_err(MachineError::host("make the entropy device"))?);
         }
         Ok(devices)
     }

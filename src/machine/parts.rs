@@ -9,14 +9,14 @@ use crate::backend::disk::Disk;
 use crate::backend::passt::Passt;
 use crate::backend::tap::Tap;
 use crate::backend::vhost::VhostNet;
-use crate::backend::{HostFile, HostFiles};
+use crate::backend::{HostFile, HostFiles, Limiter};
 use crate::boot::{BootError, BootFile};
 use crate::config::{
     DiskConfig, EntropyConfig, MAX_USER_MTU, MacAddress, MemorySize, NetBackend, NetConfig, SerialConfig, Transport,
     VmConfig,
 };
 use crate::devices::block::{BlockOptions, Rings};
-use crate::devices::net::NetOptions;
+use crate::devices::net::{NetLimiters, NetOptions};
 use crate::devices::{Front, block, net};
 use crate::platform::serial::{SerialOutput, stdout_file};
 
@@ -112,6 +112,7 @@ pub struct OpenDisk {
     config: DiskConfig,
     disk: Arc<Disk>,
     rings: Rings,
+    limiter: Arc<Limiter>,
 }
 
 impl OpenDisk {
@@ -122,7 +123,8 @@ impl OpenDisk {
     pub fn open(id: &str, config: &DiskConfig, host: &dyn HostFiles) -> Result<Self, MachineError> {
         let disk = Arc::new(Disk::open_image(host, &config.path, config.read_only, &config.image)?);
         let rings = Rings::new(&disk, host, config.engine, config.queues)?;
-        Ok(Self { id: id.to_owned(), config: config.clone(), disk, rings })
+        let limiter = Arc::new(Limiter::new(config.limits));
+        Ok(Self { id: id.to_owned(), config: config.clone(), disk, rings, limiter })
     }
 
     #[must_use]
@@ -138,7 +140,8 @@ impl OpenDisk {
     pub(super) fn into_device(self, name: String) -> Result<Front, MachineError> {
         let config = &self.config;
         let options = BlockOptions { id: config.id.as_deref(), cache: config.cache, queues: config.queues };
-        block::device(name, self.disk, self.rings, options).map_err(MachineError::host("make a block device"))
+        block::device(name, self.disk, self.rings, options, self.limiter)
+            .map_err(MachineError::host("make a block device"))
     }
 }
 
@@ -146,6 +149,7 @@ impl OpenDisk {
 pub struct OpenNic {
     id: String,
     options: NetOptions,
+    limiters: NetLimiters,
     wire: Wire,
 }
 
@@ -162,6 +166,7 @@ impl OpenNic {
     /// # Errors
     /// Whatever keeps us out of it.
     pub fn open(id: &str, config: &NetConfig, host: &dyn HostFiles) -> Result<Self, MachineError> {
+        config.validate()?;
         let mut options = NetOptions { mac: config.mac, mtu: config.mtu, shape: None };
         let wire = match &config.backend {
             NetBackend::Tap(tap) => {
@@ -178,7 +183,8 @@ impl OpenNic {
                 Wire::Passt(Passt::start(host, network, config.mtu.unwrap_or(MAX_USER_MTU), mac.0)?)
             }
         };
-        Ok(Self { id: id.to_owned(), options, wire })
+        let limiters = NetLimiters::new(config.rx_limits, config.tx_limits);
+        Ok(Self { id: id.to_owned(), options, limiters, wire })
     }
 
     #[must_use]
@@ -189,8 +195,8 @@ impl OpenNic {
     /// Makes the device, called `name` in logs.
     pub(super) fn into_device(self, name: String) -> Result<Front, MachineError> {
         match self.wire {
-            Wire::Tap(taps, vhosts) => net::device(name, taps, vhosts, self.options),
-            Wire::Passt(passt) => net::user_device(name, passt, self.options),
+            Wire::Tap(taps, vhosts) => net::device(name, taps, vhosts, self.options, self.limiters),
+            Wire::Passt(passt) => net::user_device(name, passt, self.options, self.limiters),
         }
         .map_err(MachineError::host("make a network card"))
     }

@@ -6,6 +6,7 @@ use std::path::{Path, PathBuf};
 use std::process::Command;
 
 use rustix::fs::SeekFrom;
+use rustix::process::Signal;
 use tempfile::{TempDir, tempdir_in};
 
 use crate::guest::{expect_checks, guest};
@@ -72,6 +73,34 @@ fn what_the_guest_writes_is_in_the_file() {
         // The discarded 4 KiB are a hole again.
         let hole = rustix::fs::seek(File::open(&path).unwrap(), SeekFrom::Hole(16 * SECTOR as u64)).unwrap();
         assert_eq!(hole, 24 * SECTOR as u64, "the first hole behind the zeroes");
+    }
+}
+
+#[test]
+fn a_limited_disk_does_the_same() {
+    for options in [",bandwidth=64K/2,ops=4/2", ",bandwidth=64K/2,ops=4/2,engine=io_uring,queues=2"] {
+        let dir = dir();
+        let path = disk(&dir, "disk");
+        let disks = [format!("{}{options}", path.display())];
+        expect_checks(&mut with_disks("block", "x", &disks), CHECKS);
+        expect_bytes(&path, &expected());
+    }
+}
+
+#[test]
+fn over_its_limit_a_disk_does_nothing_and_the_vm_can_be_ended() {
+    let dir = dir();
+    let path = disk(&dir, "disk");
+    // Two requests now, and no other today: the guest's third one times out, and all that follow.
+    let disks = [format!("{},ops=1/86400000+1", path.display())];
+    let mut command = with_disks("block", "x", &disks);
+    let running = crate::guest::started(command.args(["--log-level", "debug"]), "FAIL read-pieces");
+    running.signal(Signal::TERM);
+    running.errors.wait_for("running -> stopping", crate::guest::LIMIT);
+    running.signal(Signal::TERM);
+    let ended = running.wait(crate::guest::LIMIT).expect_code(5);
+    for done in ["ok write\n", "ok read\n", "ok read-back\n"] {
+        assert!(ended.output.contains(done), "{}", ended.output);
     }
 }
 

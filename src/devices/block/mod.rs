@@ -18,7 +18,7 @@ use super::front::{Front, QueueServer};
 use super::worker::{Engine, Worker};
 use crate::backend::disk::uring::Uring;
 use crate::backend::disk::{DiskError, SECTOR};
-use crate::backend::{Disk, HostFiles};
+use crate::backend::{Disk, HostFiles, Limiter};
 use crate::config::{CacheMode, IoEngine};
 use crate::virtio::{DeviceKind, feature};
 
@@ -104,12 +104,18 @@ impl Rings {
     }
 }
 
-/// Makes the device, and its threads: with a ring for each queue, or with none.
-pub fn device(name: String, disk: Arc<Disk>, mut rings: Rings, options: BlockOptions<'_>) -> io::Result<Front> {
+/// Makes the device, and its threads: with a ring for each queue, or with none. All queues share the limiter.
+pub fn device(
+    name: String,
+    disk: Arc<Disk>,
+    mut rings: Rings,
+    options: BlockOptions<'_>,
+    limiter: Arc<Limiter>,
+) -> io::Result<Front> {
     let (features, config) = offer(&disk, options);
     let id = padded_id(options.id, disk.path());
     let mut serve = |index| -> io::Result<Box<dyn QueueServer>> {
-        let sync = SyncEngine::new(name.clone(), disk.clone(), id, options.cache);
+        let sync = SyncEngine::new(name.clone(), disk.clone(), id, options.cache, limiter.clone());
         let engine = rings.engine(index, sync);
         let thread = if options.queues == 1 { name.clone() } else { format!("{name}.{index}") };
         Ok(Box::new(Worker::spawn(&thread, engine, &[(index, QUEUE_SIZE)])?))

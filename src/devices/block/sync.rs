@@ -8,6 +8,7 @@ use virtio_bindings::virtio_blk as blk;
 use super::ID_BYTES;
 use super::request::{Answer, Failure, Ranges, Request};
 use crate::backend::Disk;
+use crate::backend::limiter::{Limiter, Wait};
 use crate::config::CacheMode;
 use crate::devices::worker::{Engine, Served, Turn, serve_each};
 use crate::memory::Ram;
@@ -19,13 +20,14 @@ pub struct SyncEngine {
     pub disk: Arc<Disk>,
     id: [u8; ID_BYTES],
     cache: CacheMode,
+    pub limiter: Arc<Limiter>,
     /// The driver does not flush, so every write has to last by itself.
     pub write_through: bool,
 }
 
 impl SyncEngine {
-    pub fn new(name: String, disk: Arc<Disk>, id: [u8; ID_BYTES], cache: CacheMode) -> Self {
-        Self { name, disk, id, cache, write_through: false }
+    pub fn new(name: String, disk: Arc<Disk>, id: [u8; ID_BYTES], cache: CacheMode, limiter: Arc<Limiter>) -> Self {
+        Self { name, disk, id, cache, limiter, write_through: false }
     }
 
     /// Does a flush mean anything?
@@ -34,10 +36,21 @@ impl SyncEngine {
     }
 
     /// Does what the chain asks and answers it; returns how many bytes were written in front.
-    fn request(&self, chain: &mut Chain, queue: &mut Virtqueue) -> u32 {
-        let Some(answer) = self.answer(chain) else { return 0 };
-        let result = Request::take(chain, &self.disk).and_then(|request| self.execute(request, chain, queue));
-        self.give(answer, queue.ram(), &result)
+    fn request(&self, chain: &mut Chain, queue: &mut Virtqueue) -> Result<u32, Wait> {
+        let Some(answer) = self.answer(chain) else { return Ok(0) };
+        let request = Request::take(chain, &self.disk);
+        self.admit(&request, chain)?;
+        let result = request.and_then(|request| self.execute(request, chain, queue));
+        Ok(self.give(answer, queue.ram(), &result))
+    }
+
+    /// Lets a request pass that is within the limits. One that will be refused is an operation, too.
+    pub fn admit(&self, request: &Result<Request, Failure>, chain: &Chain) -> Result<(), Wait> {
+        self.limiter.take(match request {
+            Ok(Request::Read { .. }) => chain.writable.len() as u64,
+            Ok(Request::Write { .. }) => chain.readable.len() as u64,
+            _ => 0,
+        })
     }
 
     /// Where the chain's answer goes.
@@ -119,5 +132,9 @@ impl Engine for SyncEngine {
 
     fn serve(&mut self, queue: &mut Virtqueue, chain: &mut Chain, turn: &mut Turn<'_>) -> Result<Served, RingError> {
         serve_each(queue, chain, turn, |chain, queue| self.request(chain, queue))
+    }
+
+    fn limiters(&self) -> Vec<Arc<Limiter>> {
+        vec![self.limiter.clone()]
     }
 }

@@ -5,12 +5,14 @@
 //! batch, with one interrupt. What is rare, and what no ring makes faster, is left to [`SyncEngine`].
 
 use std::io;
+use std::sync::Arc;
 
 use vmm_sys_util::epoll::EventSet;
 
 use super::request::{Answer, Failure, Request};
 use super::sync::SyncEngine;
 use crate::backend::disk::uring::{Operation, Uring};
+use crate::backend::limiter::{Limiter, Wait};
 use crate::devices::worker::{Engine, Served, Source, Turn};
 use crate::memory::Ram;
 use crate::virtio::{Chain, RingError, Virtqueue};
@@ -46,13 +48,16 @@ impl UringEngine {
     }
 
     /// Begins what the chain asks. If it is done already, returns how many bytes were written in front.
-    fn request(&mut self, chain: &mut Chain, queue: &mut Virtqueue) -> Option<u32> {
-        let Some(answer) = self.sync.answer(chain) else { return Some(0) };
-        match Request::take(chain, &self.sync.disk).and_then(|request| self.execute(request, answer, chain, queue)) {
-            Ok(None) => None,
-            Ok(Some(written)) => Some(self.sync.give(answer, queue.ram(), &Ok(written))),
-            Err(failure) => Some(self.sync.give(answer, queue.ram(), &Err(failure))),
-        }
+    fn request(&mut self, chain: &mut Chain, queue: &mut Virtqueue) -> Result<Option<u32>, Wait> {
+        let Some(answer) = self.sync.answer(chain) else { return Ok(Some(0)) };
+        let request = Request::take(chain, &self.sync.disk);
+        self.sync.admit(&request, chain)?;
+        let done = match request.and_then(|request| self.execute(request, answer, chain, queue)) {
+            Ok(None) => return Ok(None),
+            Ok(Some(written)) => Ok(written),
+            Err(failure) => Err(failure),
+        };
+        Ok(Some(self.sync.give(answer, queue.ram(), &done)))
     }
 
     /// `None` if the answer comes later.
@@ -144,8 +149,13 @@ impl UringEngine {
             if !queue.pop(chain)? {
                 return Ok(Served::NoBuffers);
             }
-            if let Some(written) = self.request(chain, queue) {
-                queue.push_used(chain.head, written)?;
+            match self.request(chain, queue) {
+                Ok(Some(written)) => queue.push_used(chain.head, written)?,
+                Ok(None) => {}
+                Err(wait) => {
+                    queue.undo_pop();
+                    return Ok(Served::Throttled(wait));
+                }
             }
         }
     }
@@ -184,5 +194,9 @@ impl Engine for UringEngine {
 
     fn sources(&self) -> Vec<Source> {
         vec![Source { queue: self.index, fd: self.ring.fd(), events: EventSet::IN, always: true }]
+    }
+
+    fn limiters(&self) -> Vec<Arc<Limiter>> {
+        self.sync.limiters()
     }
 }

@@ -19,7 +19,7 @@ impl Engine for Hanging {
         serve_each(queue, chain, turn, |_, _| {
             self.begun.send(()).unwrap();
             drop(self.gate.lock().unwrap());
-            0
+            Ok(0)
         })
     }
 }

@@ -192,7 +192,7 @@ pub fn ip(arguments: &str) {
 #[test]
 fn a_real_tap_carries_packets_both_ways() {
     use crate::backend::{OpenDirectly, Tap, TapError};
-    use crate::devices::net::{self as nic, NetOptions};
+    use crate::devices::net::{self as nic, NetLimiters, NetOptions};
     const ARP: [u8; 2] = [8, 6];
 
     if !own_network("a real tap") {
@@ -212,7 +212,8 @@ fn a_real_tap_carries_packets_both_ways() {
     assert!(matches!(attach("tap0"), Err(TapError::Busy(_))));
     assert_eq!((tap.mtu(), tap.offloads().tso6), (1400, true));
 
-    let mut device = nic::device("net0".into(), vec![tap], Vec::new(), NetOptions::default()).unwrap();
+    let (options, limiters) = (NetOptions::default(), NetLimiters::default());
+    let mut device = nic::device("net0".into(), vec![tap], Vec::new(), options, limiters).unwrap();
     let mut mac = [0; 6];
     device.read_config(0, &mut mac);
     let ram = memory();

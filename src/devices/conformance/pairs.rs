@@ -11,7 +11,7 @@ use super::driver::{Ring, memory, readable, writable};
 use super::net::{ip, own_network};
 use crate::backend::{OpenDirectly, Tap, TapError, VhostNet};
 use crate::devices::Front;
-use crate::devices::net::{NetOptions, device};
+use crate::devices::net::{NetLimiters, NetOptions, device};
 use crate::memory::Ram;
 use crate::virtio::{VirtioDevice, feature};
 
@@ -45,7 +45,10 @@ impl Card {
         };
         let taps = Tap::attach(&OpenDirectly, "tap0", 2).unwrap();
         let options = NetOptions { mac: Some(crate::config::MacAddress(MAC)), mtu: None, shape: None };
-        Some(Self { front: device("net0".into(), taps, vhosts, options).unwrap(), ram: memory() })
+        Some(Self {
+            front: device("net0".into(), taps, vhosts, options, NetLimiters::default()).unwrap(),
+            ram: memory(),
+        })
     }
 
     fn ring(&mut self, index: u16, features: u64) -> Ring {
@@ -237,7 +240,7 @@ fn a_tap_of_one_queue_has_not_several() {
     let taps = Tap::attach(&OpenDirectly, "tap1", 16).unwrap();
     let offloads = taps[0].offloads();
     drop(Tap::attach(&OpenDirectly, "tap0", 1).unwrap());
-    let card = device("net0".into(), taps, Vec::new(), NetOptions::default()).unwrap();
+    let card = device("net0".into(), taps, Vec::new(), NetOptions::default(), NetLimiters::default()).unwrap();
     assert_eq!(card.queue_sizes().len(), 33);
     let has = |bit: u32| card.features() & 1 << bit != 0;
     assert!(has(net::VIRTIO_NET_F_MQ) && has(net::VIRTIO_NET_F_CTRL_VQ));

@@ -9,10 +9,10 @@ use tempfile::NamedTempFile;
 use vm_memory::{Bytes, GuestAddress};
 
 use super::driver::{Buffer, readable, writable};
-use crate::backend::{Disk, OpenDirectly, Passt, Tap};
-use crate::config::{CacheMode, IoEngine};
+use crate::backend::{Disk, Limiter, OpenDirectly, Passt, Tap};
+use crate::config::{CacheMode, IoEngine, RateLimits, TokenBucket};
 use crate::devices::block::{BlockOptions, Rings, SyncEngine};
-use crate::devices::net::{Card, NetOptions, PairEngine, UserEngine};
+use crate::devices::net::{Card, NetLimiters, NetOptions, PairEngine, UserEngine};
 use crate::devices::rng::RngEngine;
 use crate::devices::worker::Engine;
 use crate::devices::{Front, block, net, rng};
@@ -36,6 +36,13 @@ pub trait Specimen {
     fn outlives_the_device(&self) -> bool {
         true
     }
+    /// What limits the requests, and the bytes of data in request `n` that it counts.
+    fn limiter(&self) -> Option<&Arc<Limiter>> {
+        None
+    }
+    fn bytes(&self, _n: u32) -> u64 {
+        0
+    }
     /// Builds request `n` in the 4 KiB at `at`.
     fn prepare(&mut self, ram: &Ram, n: u32, at: u64) -> Vec<Buffer>;
     /// Does what the host has to do before the device can answer request `n`.
@@ -44,14 +51,29 @@ pub trait Specimen {
     fn check(&mut self, ram: &Ram, n: u32, at: u64, written: u32);
 }
 
+/// All of them, those that can be limited twice: without limits, and with such that some requests have to wait a moment.
 pub fn specimens() -> Vec<Box<dyn Specimen>> {
+    let per_ms = |size| Some(TokenBucket { size, refill_ms: 1, burst: 0 });
+    let limits = RateLimits { bandwidth: per_ms(3000), operations: per_ms(4) };
+    unlimited().into_iter().chain(limited(limits)).collect()
+}
+
+/// Those that can be limited.
+pub fn limited(limits: RateLimits) -> Vec<Box<dyn Specimen>> {
+    let mut specimens = unlimited();
+    specimens.retain(|specimen| specimen.limiter().is_some());
+    specimens.iter().filter_map(|specimen| specimen.limiter()).for_each(|limiter| limiter.update(limits));
+    specimens
+}
+
+fn unlimited() -> Vec<Box<dyn Specimen>> {
     let others: [Box<dyn Specimen>; 6] = [
         Box::new(Receive(Packets::new())),
         Box::new(Send(Packets::new())),
         Box::new(Receive(Packets::by_stream())),
         Box::new(Send(Packets::by_stream())),
         Box::new(Commands(Packets::new())),
-        Box::new(Entropy),
+        Box::new(Entropy::default()),
     ];
     BlockEngine::all().into_iter().map(|engine| Box::new(DiskRequests::new(engine)) as _).chain(others).collect()
 }
@@ -92,6 +114,7 @@ pub const SECTORS: u64 = 128;
 /// Writes and reads by turns: writes to the first half of the disk, and reads what was in the second half.
 pub struct DiskRequests {
     pub file: NamedTempFile,
+    pub limiter: Arc<Limiter>,
     engine: BlockEngine,
 }
 
@@ -99,7 +122,7 @@ impl DiskRequests {
     pub fn new(engine: BlockEngine) -> Self {
         let file = NamedTempFile::new().unwrap();
         file.as_file().set_len(SECTORS * 512).unwrap();
-        Self { file, engine }
+        Self { file, limiter: Arc::default(), engine }
     }
 
     pub fn open(&self, read_only: bool) -> Arc<Disk> {
@@ -110,7 +133,7 @@ impl DiskRequests {
     pub fn device_with(&self, read_only: bool, options: BlockOptions<'_>) -> Front {
         let disk = self.open(read_only);
         let rings = self.engine.rings(&disk, options.queues);
-        block::device("block0".into(), disk, rings, options).unwrap()
+        block::device("block0".into(), disk, rings, options, self.limiter.clone()).unwrap()
     }
 
     /// Sector and data of request `n`, which is even for a write.
@@ -145,11 +168,19 @@ impl Specimen for DiskRequests {
     fn engine(&self) -> Box<dyn Engine> {
         let disk = self.open(false);
         let mut rings = self.engine.rings(&disk, 1);
-        rings.engine(0, SyncEngine::new("block0".into(), disk, [0; 20], CacheMode::Writeback))
+        rings.engine(0, SyncEngine::new("block0".into(), disk, [0; 20], CacheMode::Writeback, self.limiter.clone()))
     }
 
     fn in_order(&self) -> bool {
         self.engine == BlockEngine::Sync
+    }
+
+    fn limiter(&self) -> Option<&Arc<Limiter>> {
+        Some(&self.limiter)
+    }
+
+    fn bytes(&self, _n: u32) -> u64 {
+        512
     }
 
     fn prepare(&mut self, ram: &Ram, n: u32, at: u64) -> Vec<Buffer> {
@@ -195,6 +226,7 @@ pub struct Packets {
     mtu: u16,
     /// Between frames there is nothing but their lengths, as with passt; else packets, as with a tap.
     stream: bool,
+    limiters: NetLimiters,
     theirs: OwnedFd,
     pub ours: std::fs::File,
 }
@@ -216,7 +248,8 @@ impl Packets {
 
     fn over(kind: SocketType, name: &'static str, mtu: u16) -> Self {
         let (theirs, ours) = socketpair(AddressFamily::UNIX, kind, SocketFlags::NONBLOCK, None).unwrap();
-        Self { name, mtu, stream: kind == SocketType::STREAM, theirs, ours: ours.into() }
+        let limiters = NetLimiters::default();
+        Self { name, mtu, stream: kind == SocketType::STREAM, limiters, theirs, ours: ours.into() }
     }
 
     fn tap(&self) -> Tap {
@@ -244,22 +277,29 @@ impl Packets {
     }
 
     pub fn device_of(&self, options: NetOptions) -> std::io::Result<Box<dyn VirtioDevice>> {
+        let limiters = self.limiters.clone();
         let device = if self.stream {
-            net::user_device(self.name.into(), self.passt(), options)
+            net::user_device(self.name.into(), self.passt(), options, limiters)
         } else {
-            net::device(self.name.into(), vec![self.tap()], Vec::new(), options)
+            net::device(self.name.into(), vec![self.tap()], Vec::new(), options, limiters)
         };
         Ok(Box::new(device?))
     }
 
     pub fn engine(&self) -> Box<dyn Engine> {
+        let (name, limiters) = (self.name.into(), self.limiters.clone());
         if self.stream {
             let card = Card::new([2, 0, 0, 0, 0, 1], self.mtu, Vec::new());
-            return Box::new(UserEngine::new(self.name.into(), self.passt(), card.into()));
+            return Box::new(UserEngine::new(name, self.passt(), card.into(), limiters));
         }
         let tap = std::sync::Arc::new(self.tap());
         let card = Card::new([2, 0, 0, 0, 0, 1], self.mtu, vec![tap.clone()]);
-        Box::new(PairEngine::new(self.name.into(), 0, tap, card.into()))
+        Box::new(PairEngine::new(name, 0, tap, card.into(), limiters))
+    }
+
+    /// How long frame `n` is that is sent to a device, or by one.
+    fn len(n: u32) -> usize {
+        60 + n as usize % 1400
     }
 
     /// A header of 12 bytes and a frame of `len`.
@@ -314,17 +354,25 @@ impl Specimen for Receive {
         vec![writable(at, 2048), writable(at + 2048, 100)]
     }
 
+    fn limiter(&self) -> Option<&Arc<Limiter>> {
+        Some(&self.0.limiters.rx)
+    }
+
+    fn bytes(&self, n: u32) -> u64 {
+        Packets::len(n) as u64
+    }
+
     /// What has been read from a stream goes with the connection.
     fn outlives_the_device(&self) -> bool {
         !self.0.stream
     }
 
     fn provoke(&mut self, n: u32) {
-        self.0.put(&Packets::packet(n, 60 + n as usize % 1400));
+        self.0.put(&Packets::packet(n, Packets::len(n)));
     }
 
     fn check(&mut self, ram: &Ram, n: u32, at: u64, written: u32) {
-        let mut expected = Packets::packet(n, 60 + n as usize % 1400);
+        let mut expected = Packets::packet(n, Packets::len(n));
         expected[10] = 1;
         assert_eq!(written as usize, expected.len(), "length of packet {n}");
         let mut got = vec![0; 4096];
@@ -353,15 +401,23 @@ impl Specimen for Send {
         1
     }
 
+    fn limiter(&self) -> Option<&Arc<Limiter>> {
+        Some(&self.0.limiters.tx)
+    }
+
+    fn bytes(&self, n: u32) -> u64 {
+        Packets::len(n) as u64
+    }
+
     fn prepare(&mut self, ram: &Ram, n: u32, at: u64) -> Vec<Buffer> {
-        let packet = Packets::packet(n, 60 + n as usize % 1400);
+        let packet = Packets::packet(n, Packets::len(n));
         ram.write_slice(&packet, GuestAddress(at)).unwrap();
         vec![readable(at, 12), readable(at + 12, 10), readable(at + 22, packet.len() as u32 - 22)]
     }
 
     fn check(&mut self, _ram: &Ram, n: u32, _at: u64, written: u32) {
         assert_eq!(written, 0);
-        assert_eq!(self.0.take().as_deref(), Some(&*Packets::packet(n, 60 + n as usize % 1400)), "packet {n}");
+        assert_eq!(self.0.take().as_deref(), Some(&*Packets::packet(n, Packets::len(n))), "packet {n}");
     }
 }
 
@@ -397,7 +453,10 @@ impl Specimen for Commands {
     }
 }
 
-pub struct Entropy;
+#[derive(Default)]
+pub struct Entropy {
+    limiter: Arc<Limiter>,
+}
 
 impl Specimen for Entropy {
     fn name(&self) -> &'static str {
@@ -405,11 +464,19 @@ impl Specimen for Entropy {
     }
 
     fn device(&self) -> Box<dyn VirtioDevice> {
-        Box::new(rng::device("rng0".into()).unwrap())
+        Box::new(rng::device("rng0".into(), self.limiter.clone()).unwrap())
     }
 
     fn engine(&self) -> Box<dyn Engine> {
-        Box::new(RngEngine)
+        Box::new(RngEngine { limiter: self.limiter.clone() })
+    }
+
+    fn limiter(&self) -> Option<&Arc<Limiter>> {
+        Some(&self.limiter)
+    }
+
+    fn bytes(&self, _n: u32) -> u64 {
+        40
     }
 
     fn prepare(&mut self, ram: &Ram, _n: u32, at: u64) -> Vec<Buffer> {

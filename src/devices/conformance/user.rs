@@ -8,7 +8,7 @@ use vm_memory::{Bytes, GuestAddress};
 use super::driver::{Ring, memory, readable, writable};
 use super::specimens::Packets;
 use crate::backend::Passt;
-use crate::devices::net::{self as nic, NetOptions, NetShapeV1};
+use crate::devices::net::{self as nic, NetLimiters, NetOptions, NetShapeV1};
 use crate::virtio::{VirtioDevice, feature};
 
 const DATA: u64 = 0x10_0000;
@@ -137,7 +137,8 @@ fn a_card_with_offloads_does_not_move_into_a_user_network() {
     };
     let move_to_user = |shape| {
         let passt = Passt::played_by(std::os::unix::net::UnixStream::pair().unwrap().0, 65_520);
-        nic::user_device("net0".into(), passt, NetOptions { shape: Some(shape), ..NetOptions::default() })
+        let options = NetOptions { shape: Some(shape), ..NetOptions::default() };
+        nic::user_device("net0".into(), passt, options, NetLimiters::default())
     };
     // The other way is open: the card stays as it was.
     let user = shape_of(&*Packets::by_stream().device());

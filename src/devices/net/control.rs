@@ -106,7 +106,7 @@ impl Engine for ControlEngine {
     fn serve(&mut self, queue: &mut Virtqueue, chain: &mut Chain, turn: &mut Turn<'_>) -> Result<Served, RingError> {
         serve_each(queue, chain, turn, |chain, _| {
             let answer = self.execute(&chain.readable);
-            chain.writable.copy_from(&[answer]) as u32
+            Ok(chain.writable.copy_from(&[answer]) as u32)
         })
     }
 }

@@ -33,8 +33,9 @@ pub(crate) use self::user::UserEngine;
 use self::vhost::VhostPair;
 use super::front::{Front, QueueServer};
 use super::worker::Worker;
-use crate::backend::{Offloads, Passt, Tap, VhostNet};
-use crate::config::MacAddress;
+use crate::backend::tap::HEADER_BYTES;
+use crate::backend::{Limiter, Offloads, Passt, Tap, VhostNet};
+use crate::config::{MacAddress, RateLimits};
 use crate::virtio::{DeviceKind, feature};
 
 const ETHERNET_HEADER: usize = 14;
@@ -86,16 +87,46 @@ impl NetOptions {
     }
 }
 
-/// A card on the queues of a tap, a pair on each; with as many `vhost`s, the host's kernel serves them.
+/// How much a card may receive and send, whichever of its pairs does it.
+#[derive(Debug, Clone, Default)]
+pub struct NetLimiters {
+    pub rx: Arc<Limiter>,
+    pub tx: Arc<Limiter>,
+}
+
+impl NetLimiters {
+    #[must_use]
+    pub fn new(rx: RateLimits, tx: RateLimits) -> Self {
+        Self { rx: Arc::new(Limiter::new(rx)), tx: Arc::new(Limiter::new(tx)) }
+    }
+
+    fn both(&self) -> Vec<Arc<Limiter>> {
+        vec![self.rx.clone(), self.tx.clone()]
+    }
+}
+
+/// What counts of a packet with its header.
+fn frame_bytes(packet_bytes: usize) -> u64 {
+    packet_bytes.saturating_sub(HEADER_BYTES) as u64
+}
+
+/// A card on the queues of a tap, a pair on each; with as many `vhost`s, the host's kernel serves them, which knows
+/// nothing of the limiters.
 ///
 /// # Panics
 /// Without a tap queue.
-pub fn device(name: String, taps: Vec<Tap>, vhosts: Vec<VhostNet>, options: NetOptions) -> io::Result<Front> {
+pub fn device(
+    name: String,
+    taps: Vec<Tap>,
+    vhosts: Vec<VhostNet>,
+    options: NetOptions,
+    limiters: NetLimiters,
+) -> io::Result<Front> {
     let shape = options.shape(features(&taps, &vhosts), taps[0].mtu(), taps.len() as u16)?;
     let taps: Vec<_> = taps.into_iter().map(Arc::new).collect();
     let card = Arc::new(Card::new(shape.mac, shape.mtu, taps.clone()));
     let servers = if vhosts.is_empty() {
-        serve_with_threads(&name, &taps, &card)?
+        serve_with_threads(&name, &taps, &card, &limiters)?
     } else {
         serve_with_vhost(&name, &taps, vhosts, &card)?
     };
@@ -106,10 +137,10 @@ pub fn device(name: String, taps: Vec<Tap>, vhosts: Vec<VhostNet>, options: NetO
 }
 
 /// A card in a user network, whose frames passt carries.
-pub fn user_device(name: String, passt: Passt, options: NetOptions) -> io::Result<Front> {
+pub fn user_device(name: String, passt: Passt, options: NetOptions, limiters: NetLimiters) -> io::Result<Front> {
     let shape = options.shape(PLAIN, passt.mtu(), 1)?;
     let card = Arc::new(Card::new(shape.mac, shape.mtu, Vec::new()));
-    let engine = UserEngine::new(name.clone(), passt, card.clone());
+    let engine = UserEngine::new(name.clone(), passt, card.clone(), limiters);
     let queues = [(rx_of(0), QUEUE_SIZE), (tx_of(0), QUEUE_SIZE), (rx_of(1), CONTROL_SIZE)];
     let worker = Worker::spawn(&name, Box::new(engine), &queues)?;
     Ok(Front::new(DeviceKind::Net, name, shape.features, card, vec![Box::new(worker)]))
@@ -154,10 +185,15 @@ fn control_queues(pairs: u16) -> ((u16, u16), Option<(u16, u16)>) {
     ((rx_of(pairs), CONTROL_SIZE), other)
 }
 
-fn serve_with_threads(name: &str, taps: &[Arc<Tap>], card: &Arc<Card>) -> io::Result<Vec<Box<dyn QueueServer>>> {
+fn serve_with_threads(
+    name: &str,
+    taps: &[Arc<Tap>],
+    card: &Arc<Card>,
+    limiters: &NetLimiters,
+) -> io::Result<Vec<Box<dyn QueueServer>>> {
     let (control, other) = control_queues(card.pairs());
     let serve = |(pair, tap): (u16, &Arc<Tap>)| -> io::Result<Box<dyn QueueServer>> {
-        let engine = Box::new(PairEngine::new(name.to_owned(), pair, tap.clone(), card.clone()));
+        let engine = Box::new(PairEngine::new(name.to_owned(), pair, tap.clone(), card.clone(), limiters.clone()));
         let (rx, tx) = ((rx_of(pair), QUEUE_SIZE), (tx_of(pair), QUEUE_SIZE));
         Ok(Box::new(match pair {
             0 => Worker::spawn_with(name, engine, &[rx, tx, control], other)?,

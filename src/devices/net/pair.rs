@@ -9,9 +9,9 @@ use vmm_sys_util::epoll::EventSet;
 use super::card::{Card, offloads};
 use super::control::ControlEngine;
 use super::held::Held;
-use super::{ETHERNET_HEADER, VLAN_TAG, rx_of, tx_of};
-use crate::backend::Tap;
+use super::{ETHERNET_HEADER, NetLimiters, VLAN_TAG, frame_bytes, rx_of, tx_of};
 use crate::backend::tap::HEADER_BYTES;
+use crate::backend::{Limiter, Tap};
 use crate::devices::worker::{Engine, Served, Source, Turn, serve_each};
 use crate::memory::{IoBuf, Ram};
 use crate::observe::guest_warning;
@@ -27,6 +27,7 @@ pub struct PairEngine {
     pair: u16,
     tap: Arc<Tap>,
     card: Arc<Card>,
+    limiters: NetLimiters,
     control: Option<ControlEngine>,
     held: Option<Held>,
     /// The longest packet to be expected.
@@ -36,9 +37,9 @@ pub struct PairEngine {
 }
 
 impl PairEngine {
-    pub fn new(name: String, pair: u16, tap: Arc<Tap>, card: Arc<Card>) -> Self {
+    pub fn new(name: String, pair: u16, tap: Arc<Tap>, card: Arc<Card>, limiters: NetLimiters) -> Self {
         let control = (pair == 0).then(|| ControlEngine::new(name.clone(), card.clone()));
-        Self { name, pair, tap, card, control, held: None, max_packet: MAX_PACKET, dropped: 0 }
+        Self { name, pair, tap, card, limiters, control, held: None, max_packet: MAX_PACKET, dropped: 0 }
     }
 
     fn receives(&self, index: u16) -> bool {
@@ -51,9 +52,16 @@ impl PairEngine {
             if !held.gather(self.max_packet, queue, chain)? {
                 return Ok(Served::NoBuffers);
             }
+            // Before it is read: what has to wait does so in the tap.
+            if let Err(wait) = self.limiters.rx.check() {
+                return Ok(Served::Throttled(wait));
+            }
             match held.buffers.read_packet(&*self.tap) {
                 Ok(0) => return Ok(Served::NoWork),
-                Ok(len) if (MIN_PACKET..=held.buffers.len()).contains(&len) => held.deliver(queue, len)?,
+                Ok(len) if (MIN_PACKET..=held.buffers.len()).contains(&len) => {
+                    self.limiters.rx.charge(frame_bytes(len));
+                    held.deliver(queue, len)?;
+                }
                 Ok(len) => {
                     self.dropped += 1;
                     guest_warning!("{}: a packet of {len} bytes does not fit, {} dropped", self.name, self.dropped);
@@ -116,8 +124,9 @@ impl Engine for PairEngine {
         match &mut self.control {
             Some(control) if queue.index() != tx_of(self.pair) => control.serve(queue, chain, turn),
             _ => serve_each(queue, chain, turn, |chain, _| {
+                self.limiters.tx.take(frame_bytes(chain.readable.len()))?;
                 self.send(&chain.readable);
-                0
+                Ok(0)
             }),
         }
     }
@@ -132,5 +141,9 @@ impl Engine for PairEngine {
 
     fn sources(&self) -> Vec<Source> {
         vec![Source { queue: rx_of(self.pair), fd: self.tap.as_fd().as_raw_fd(), events: EventSet::IN, always: false }]
+    }
+
+    fn limiters(&self) -> Vec<Arc<Limiter>> {
+        self.limiters.both()
     }
 }

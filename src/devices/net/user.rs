@@ -10,10 +10,10 @@ use vmm_sys_util::epoll::EventSet;
 use super::card::Card;
 use super::control::ControlEngine;
 use super::held::Held;
-use super::{ETHERNET_HEADER, rx_of, tx_of};
-use crate::backend::Passt;
+use super::{ETHERNET_HEADER, NetLimiters, frame_bytes, rx_of, tx_of};
 use crate::backend::frames::{FrameError, MAX_FRAME};
 use crate::backend::tap::HEADER_BYTES;
+use crate::backend::{Limiter, Passt};
 use crate::devices::worker::{Engine, Served, Source, Turn};
 use crate::memory::{IoBuf, Ram};
 use crate::observe::guest_warning;
@@ -27,6 +27,7 @@ pub struct UserEngine {
     name: String,
     passt: Passt,
     card: Arc<Card>,
+    limiters: NetLimiters,
     control: ControlEngine,
     held: Option<Held>,
     /// passt is gone.
@@ -36,9 +37,9 @@ pub struct UserEngine {
 }
 
 impl UserEngine {
-    pub fn new(name: String, passt: Passt, card: Arc<Card>) -> Self {
+    pub fn new(name: String, passt: Passt, card: Arc<Card>, limiters: NetLimiters) -> Self {
         let control = ControlEngine::new(name.clone(), card.clone());
-        Self { name, passt, card, control, held: None, down: false, dropped: 0 }
+        Self { name, passt, card, limiters, control, held: None, down: false, dropped: 0 }
     }
 
     fn receive(&mut self, queue: &mut Virtqueue, chain: &mut Chain, turn: &mut Turn<'_>) -> Result<Served, RingError> {
@@ -65,6 +66,9 @@ impl UserEngine {
                     return Ok(Served::NoBuffers);
                 }
                 if len <= held.buffers.len() {
+                    if let Err(wait) = self.limiters.rx.take(frame_bytes(len)) {
+                        return Ok(Served::Throttled(wait));
+                    }
                     held.buffers.copy_from(&[0; HEADER_BYTES]);
                     held.buffers.copy_from_at(HEADER_BYTES, frame);
                     self.passt.frames.consume();
@@ -92,10 +96,14 @@ impl UserEngine {
             if !queue.pop(chain)? {
                 return Ok(Served::NoBuffers);
             }
-            if !self.down
-                && let Err(error) = self.send_packet(&mut chain.readable)
-            {
-                self.lose(&error, queue);
+            if !self.down {
+                if let Err(wait) = self.limiters.tx.take(frame_bytes(chain.readable.len())) {
+                    queue.undo_pop();
+                    return Ok(Served::Throttled(wait));
+                }
+                if let Err(error) = self.send_packet(&mut chain.readable) {
+                    self.lose(&error, queue);
+                }
             }
             queue.push_used(chain.head, 0)?;
         }
@@ -154,5 +162,9 @@ impl Engine for UserEngine {
             Source { queue: rx_of(0), fd: frames.reading().as_raw_fd(), events: EventSet::IN, always: false },
             Source { queue: tx_of(0), fd: frames.writing().as_raw_fd(), events: EventSet::OUT, always: false },
         ]
+    }
+
+    fn limiters(&self) -> Vec<Arc<Limiter>> {
+        self.limiters.both()
     }
 }
