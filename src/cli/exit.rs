@@ -112,7 +112,7 @@ fn judge(error: &MachineError) -> (Exit, Option<String>) {
         MachineError::Host { .. } => {
             (Exit::Internal, hint("look at the limits of open files and threads ('ulimit -a')"))
         }
-        MachineError::Cpu(_) | MachineError::Acpi(_) => (Exit::Internal, None),
+        MachineError::Cpu(_) | MachineError::Acpi(_) | MachineError::NotNow { .. } => (Exit::Internal, None),
     }
 }
 

@@ -229,7 +229,7 @@ fn serve(machine: &mut Machine, console: &mut Console, signals: &mut Signals) ->
         let from_poll = events[..count].iter().map(EpollEvent::data);
         for token in from_poll.chain(ready.then_some(INPUT)) {
             match token {
-                MACHINE => machine.handle_events(),
+                MACHINE => drop(machine.handle_events()),
                 SIGNALS => {
                     for _ in 0..signals.take() {
                         presses += 1;

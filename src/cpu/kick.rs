@@ -46,6 +46,13 @@ impl RunPage {
         flag.store(1, Ordering::Release);
     }
 
+    /// Takes that back.
+    pub fn clear_immediate_exit(self) {
+        // SAFETY: as above.
+        let flag = unsafe { AtomicU8::from_ptr(&raw mut (*self.0.as_ptr()).immediate_exit) };
+        flag.store(0, Ordering::Release);
+    }
+
     /// Bytes of one element of the port access that `KVM_RUN` returned for; a string instruction has several.
     pub fn port_access_size(self) -> usize {
         // SAFETY: the page is mapped, KVM does not write it outside of `KVM_RUN`, and after a port exit the

@@ -2,11 +2,14 @@
 
 mod cpuid;
 mod entry;
+mod gate;
 mod kick;
 mod msrs;
 mod vcpu;
+mod vcpus;
 
 pub use cpuid::HostCpuid;
 pub use entry::{EntryPoint, gdt};
 pub use kick::install_handler as install_kick_handler;
-pub use vcpu::{CpuError, ExitHandler, Vcpu, VcpuFault, VcpuHandle};
+pub use vcpu::{CpuError, ExitHandler, Vcpu, VcpuFault};
+pub use vcpus::Vcpus;

@@ -3,13 +3,13 @@
 use std::io;
 use std::mem::ManuallyDrop;
 use std::sync::Arc;
-use std::sync::atomic::{AtomicBool, Ordering};
 use std::thread::JoinHandle;
 
 use kvm_ioctls::{VcpuExit, VcpuFd, VmFd};
 use thiserror::Error;
 use vmm_sys_util::signal::Killable;
 
+use super::gate::Gate;
 use super::kick::{self, RunPage};
 use super::{EntryPoint, HostCpuid, msrs};
 
@@ -53,6 +53,8 @@ pub trait ExitHandler: Send + Sync {
     fn fault(&self, fault: VcpuFault);
     /// vCPU 0 is about to enter the guest for the first time.
     fn first_entry(&self);
+    /// Of vCPUs that are being paused, the last one has left the guest.
+    fn all_parked(&self);
 }
 
 /// A vCPU that does not run yet.
@@ -75,11 +77,14 @@ impl Vcpu {
     }
 
     /// Starts the vCPU's thread, called `thread` and its number.
-    pub fn start(mut self, thread: &str, handler: Arc<dyn ExitHandler>) -> Result<VcpuHandle, CpuError> {
+    pub(super) fn start(
+        mut self,
+        thread: &str,
+        handler: Arc<dyn ExitHandler>,
+        gate: Arc<Gate>,
+    ) -> Result<VcpuHandle, CpuError> {
         let id = self.id;
         let page = RunPage::of(&mut self.fd);
-        let stop = Arc::new(AtomicBool::new(false));
-        let stopped = stop.clone();
         // The vCPU travels into the thread and back out through the handle's join, which keeps its page mapped
         // for as long as the handle may kick it.
         let thread = std::thread::Builder::new()
@@ -88,18 +93,19 @@ impl Vcpu {
             .spawn(move || {
                 // A panic must not unmap the page either, where it unwinds.
                 let mut vcpu = ManuallyDrop::new(self);
-                vcpu.run(page, &*handler, &stopped);
+                vcpu.run(page, &*handler, &gate);
+                gate.leave(|| handler.all_parked());
                 ManuallyDrop::into_inner(vcpu)
             })
             .map_err(|source| CpuError::Thread { id, source })?;
-        Ok(VcpuHandle { thread: Some(thread), page, stop })
+        Ok(VcpuHandle { thread: Some(thread), page })
     }
 
-    fn run(&mut self, page: RunPage, handler: &dyn ExitHandler, stop: &AtomicBool) {
+    fn run(&mut self, page: RunPage, handler: &dyn ExitHandler, gate: &Gate) {
         if self.id == 0 {
             handler.first_entry();
         }
-        while !stop.load(Ordering::Acquire) {
+        while !gate.is_shut() {
             match self.fd.run() {
                 // `rep outs` and `rep ins` come as one exit with many elements for the same port.
                 Ok(VcpuExit::IoOut(port, data)) => {
@@ -115,15 +121,27 @@ impl Vcpu {
                     return handler.fault(VcpuFault::Entry { id: self.id, reason });
                 }
                 Ok(VcpuExit::InternalError) => return handler.fault(self.internal_error(page)),
-                Ok(VcpuExit::Intr) => {}
+                // A kick, or a signal of the host's. What it came from is finished in the guest's eyes: KVM looks for
+                // a kick after it has taken in the result of the exit before. (KVM API, 5: immediate_exit.)
+                Ok(VcpuExit::Intr) => self.come_by(page, handler, gate),
+                Err(error) if error.errno() == libc::EINTR => self.come_by(page, handler, gate),
+                // It was halted before its first instruction, and is not any more.
+                Err(error) if error.errno() == libc::EAGAIN => {}
                 Ok(other) => {
                     let exit = format!("{other:?}");
                     return handler.fault(VcpuFault::Unknown { id: self.id, exit });
                 }
-                // A kick, or a signal of the host's: look at `stop` and go on.
-                Err(error) if [libc::EINTR, libc::EAGAIN].contains(&error.errno()) => {}
                 Err(error) => return handler.fault(VcpuFault::Run { id: self.id, error }),
             }
+        }
+    }
+
+    /// Waits if the VM is paused.
+    fn come_by(&self, page: RunPage, handler: &dyn ExitHandler, gate: &Gate) {
+        if gate.pass(|| page.clear_immediate_exit(), || handler.all_parked()) {
+            // Keeps the guest's watchdogs from taking the pause for a hang. A guest without KVM's clock has no way to
+            // be told so, which is an error here and nobody's fault.
+            let _ = self.fd.kvmclock_ctrl();
         }
     }
 
@@ -137,17 +155,15 @@ impl Vcpu {
 /// A vCPU's frames are small; what is never touched is never paid for, but the address space is counted by limits.
 const STACK: usize = 256 << 10;
 
-/// A running vCPU.
+/// A running vCPU. Dropping it waits for its end, which it has to have been asked for.
 pub struct VcpuHandle {
     thread: Option<JoinHandle<Vcpu>>,
     page: RunPage,
-    stop: Arc<AtomicBool>,
 }
 
 impl VcpuHandle {
-    /// Asks the vCPU to leave the guest for good; does not wait.
-    pub fn ask_to_stop(&self) {
-        self.stop.store(true, Ordering::Release);
+    /// Gets the vCPU out of the guest, to look at its gate; does not wait for that.
+    pub fn kick(&self) {
         self.page.set_immediate_exit();
         if let Some(thread) = &self.thread {
             // It fails when the thread has ended, which is what is wanted.
@@ -158,7 +174,6 @@ impl VcpuHandle {
 
 impl Drop for VcpuHandle {
     fn drop(&mut self) {
-        self.ask_to_stop();
         if let Some(thread) = self.thread.take() {
             // A panicked vCPU thread has said so already.
             drop(thread.join());

@@ -90,4 +90,8 @@ impl ExitHandler for Recorder {
     fn first_entry(&self) {
         self.inner.first_entry();
     }
+
+    fn all_parked(&self) {
+        self.inner.all_parked();
+    }
 }

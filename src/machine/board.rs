@@ -49,6 +49,10 @@ impl ExitHandler for Board {
     fn first_entry(&self) {
         self.news.timeline.mark(Milestone::FirstEntry);
     }
+
+    fn all_parked(&self) {
+        self.news.events.look();
+    }
 }
 
 impl EventSink for News {

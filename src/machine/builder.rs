@@ -20,7 +20,7 @@ use super::parts::{Parts, SerialSetup};
 use crate::backend::{HostFile, HostFiles};
 use crate::boot::{self, BootSource, KernelCache};
 use crate::config::check_size;
-use crate::cpu::{self, EntryPoint, HostCpuid, Vcpu};
+use crate::cpu::{self, EntryPoint, HostCpuid, Vcpu, Vcpus};
 use crate::memory::{self, Ram};
 use crate::observe::{Milestone, Timeline};
 use crate::platform::acpi::{self, AcpiConfig, AcpiError, PciTables};
@@ -74,14 +74,13 @@ impl Machine {
         let opened = Opened { disks, nics, entropy };
         let disks = devices::attach(opened, transport, &ram, &board, &interrupts, window_64)?;
 
-        let waiting = create_vcpus(&vm, &cpuid, cpus, &entry)?;
+        let vcpus = create_vcpus(&vm, &cpuid, cpus, &entry)?;
         cpu::install_kick_handler().map_err(|e| KvmError::call("install its signal handler")(e))?;
         timeline.mark(Milestone::DevicesReady);
         Ok(Self {
             state: State::Built,
             vcpu_thread,
-            waiting,
-            running: Vec::new(),
+            vcpus: Vcpus::new(vcpus),
             board,
             event_device,
             serial,

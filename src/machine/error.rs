@@ -39,6 +39,8 @@ pub enum MachineError {
     Cpu(#[from] CpuError),
     #[error(transparent)]
     Acpi(#[from] AcpiError),
+    #[error("{request} means nothing while the VM is {state}")]
+    NotNow { request: &'static str, state: &'static str },
     #[error("the host has no resources left to {what}")]
     Host { what: &'static str, source: io::Error },
 }

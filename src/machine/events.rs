@@ -27,6 +27,11 @@ impl EventQueue {
             *slot = Some(end);
         }
         drop(slot);
+        self.look();
+    }
+
+    /// Has the owner look at what it waits for: it may have happened.
+    pub fn look(&self) {
         // It fails only when the counter is full, and then it is readable.
         let _ = self.fd.write(1);
     }

@@ -13,6 +13,7 @@ mod parts;
 
 use std::os::fd::RawFd;
 use std::sync::{Arc, Mutex, PoisonError};
+use std::time::Duration;
 
 pub use self::error::{KvmError, MachineError};
 pub use self::lifecycle::{End, State};
@@ -22,19 +23,35 @@ use self::board::Board;
 use self::events::EventQueue;
 use self::lifecycle::Request;
 use crate::backend::disk::DiskCloser;
-use crate::cpu::{ExitHandler, Vcpu, VcpuHandle};
+use crate::cpu::{ExitHandler, Vcpus};
 use crate::memory::Ram;
 use crate::platform::events::EventDevice;
 use crate::platform::serial::SerialPort;
+
+/// How long [`Machine::pause`] waits for vCPUs: longer than any device of ours holds one.
+const PAUSE_PATIENCE: Duration = Duration::from_millis(200);
+
+/// How far a pause has come.
+#[derive(Debug, Clone, Copy, PartialEq, Eq)]
+pub enum Pause {
+    Paused,
+    /// [`Notice::Paused`] will tell when it is complete, unless the VM is resumed or ends before.
+    Pausing,
+}
+
+/// What the owner of a machine hears of.
+#[derive(Debug, Clone, PartialEq, Eq)]
+pub enum Notice {
+    /// A pause that took longer is complete.
+    Paused,
+}
 
 /// A VM, from the moment it is built to its end. Dropping it ends it.
 pub struct Machine {
     state: State,
     vcpu_thread: &'static str,
-    /// vCPUs before the start; then empty.
-    waiting: Vec<Vcpu>,
     // Dropped first: no vCPU runs while the devices go.
-    running: Vec<VcpuHandle>,
+    vcpus: Vcpus,
     board: Arc<Board>,
     event_device: Arc<Mutex<EventDevice>>,
     serial: Arc<SerialPort>,
@@ -55,13 +72,43 @@ impl Machine {
         let handler: Arc<dyn ExitHandler> = self.board.clone();
         #[cfg(feature = "fuzzing")]
         let handler = crate::fuzzing::recorded(handler);
-        for vcpu in std::mem::take(&mut self.waiting) {
-            self.running.push(vcpu.start(self.vcpu_thread, handler.clone())?);
+        Ok(self.vcpus.start(self.vcpu_thread, &handler)?)
+    }
+
+    /// Gets all vCPUs out of the guest. Its devices go on with what they have in hand, and with what comes from outside.
+    ///
+    /// That takes a moment, which is waited for; not for a vCPU that hangs in a device, such as a console that nobody
+    /// reads. The pause is complete then when that ends: [`Notice::Paused`] tells.
+    ///
+    /// # Errors
+    /// When the VM has not been started, or has ended.
+    pub fn pause(&mut self) -> Result<Pause, MachineError> {
+        self.demand(Request::Pause)?;
+        if matches!(self.state, State::Pausing { .. }) {
+            self.vcpus.pause();
+            if !self.finish_pause(PAUSE_PATIENCE) {
+                return Ok(Pause::Pausing);
+            }
         }
+        Ok(Pause::Paused)
+    }
+
+    /// Lets the vCPUs go on after a pause, or one that is not complete.
+    ///
+    /// # Errors
+    /// As [`Self::pause`].
+    pub fn resume(&mut self) -> Result<(), MachineError> {
+        self.demand(Request::Resume)?;
+        self.vcpus.resume();
         Ok(())
     }
 
-    /// Presses the ACPI power button: the guest may power off, or ignore it.
+    fn finish_pause(&mut self, patience: Duration) -> bool {
+        self.vcpus.are_parked(patience) && self.request(Request::AllParked)
+    }
+
+    /// Presses the ACPI power button: the guest may power off, or ignore it. One that is paused finds it pressed when it
+    /// goes on.
     pub fn press_power_button(&mut self) {
         if self.request(Request::PowerButton) {
             self.event_device.lock().unwrap_or_else(PoisonError::into_inner).press_power_button();
@@ -71,21 +118,22 @@ impl Machine {
     /// Ends the VM now, as pulling the plug does.
     pub fn kill(&mut self) {
         if self.request(Request::Kill) {
-            self.stop_vcpus();
+            self.vcpus.stop();
         }
     }
 
-    /// Takes in what vCPUs and devices have reported; call it when [`Self::events_fd`] is readable.
-    pub fn handle_events(&mut self) {
+    /// Takes in what vCPUs and devices have reported; call it when [`Self::events_fd`] is readable. Returns what happened
+    /// besides changes of the state.
+    pub fn handle_events(&mut self) -> Vec<Notice> {
+        let mut notices = Vec::new();
         if let Some(end) = self.events.take() {
             self.request(Request::GuestEnded(end));
-            self.stop_vcpus();
+            self.vcpus.stop();
         }
-    }
-
-    /// Lets all vCPUs leave the guest. They are not waited for: one may hang on a console nobody reads.
-    fn stop_vcpus(&self) {
-        self.running.iter().for_each(VcpuHandle::ask_to_stop);
+        if matches!(self.state, State::Pausing { .. }) && self.finish_pause(Duration::ZERO) {
+            notices.push(Notice::Paused);
+        }
+        notices
     }
 
     /// Brings the disks to rest, for a process that is about to exit: once the VM has ended, however it did.
@@ -108,6 +156,12 @@ impl Machine {
         &self.serial
     }
 
+    /// As [`Self::request`], for whoever has to know that it meant nothing.
+    fn demand(&mut self, request: Request) -> Result<(), MachineError> {
+        let (name, state) = (request.name(), self.state.name());
+        if self.request(request) { Ok(()) } else { Err(MachineError::NotNow { request: name, state }) }
+    }
+
     fn request(&mut self, request: Request) -> bool {
         let name = request.name();
         if let Some(next) = self.state.after(request) {
@@ -120,3 +174,6 @@ impl Machine {
         }
     }
 }
+
+#[cfg(test)]
+mod tests;

@@ -1,0 +1,66 @@
+//! All vCPUs of a VM: started, paused and ended together.
+
+use std::sync::Arc;
+use std::time::Duration;
+
+use super::gate::Gate;
+use super::vcpu::{CpuError, ExitHandler, Vcpu, VcpuHandle};
+
+/// The vCPUs. Dropping them ends them, and waits for that.
+pub struct Vcpus {
+    /// Before the start; then empty.
+    waiting: Vec<Vcpu>,
+    running: Vec<VcpuHandle>,
+    gate: Arc<Gate>,
+}
+
+impl Vcpus {
+    #[must_use]
+    pub fn new(vcpus: Vec<Vcpu>) -> Self {
+        let gate = Arc::new(Gate::new(vcpus.len()));
+        Self { waiting: vcpus, running: Vec::new(), gate }
+    }
+
+    /// Starts each in a thread of its own, called `thread` and the vCPU's number.
+    ///
+    /// # Errors
+    /// When the host has no thread for one of them.
+    pub fn start(&mut self, thread: &str, handler: &Arc<dyn ExitHandler>) -> Result<(), CpuError> {
+        for vcpu in std::mem::take(&mut self.waiting) {
+            self.running.push(vcpu.start(thread, handler.clone(), self.gate.clone())?);
+        }
+        Ok(())
+    }
+
+    /// Asks all to leave the guest until they are resumed. [`ExitHandler::all_parked`] tells when they have.
+    pub fn pause(&self) {
+        self.gate.close();
+        self.kick();
+    }
+
+    /// Has none of them anything to do with the guest any more? Waits for it, but not longer than that.
+    #[must_use]
+    pub fn are_parked(&self, patience: Duration) -> bool {
+        self.gate.all_outside(patience)
+    }
+
+    pub fn resume(&self) {
+        self.gate.open();
+    }
+
+    /// Asks all to leave the guest for good; does not wait: one may hang on a console nobody reads.
+    pub fn stop(&self) {
+        self.gate.shut();
+        self.kick();
+    }
+
+    fn kick(&self) {
+        self.running.iter().for_each(VcpuHandle::kick);
+    }
+}
+
+impl Drop for Vcpus {
+    fn drop(&mut self) {
+        self.stop();
+    }
+}
