@@ -53,7 +53,7 @@ struct Host(Mutex<Listening>);
 
 #[derive(Default)]
 struct Listening {
-    routes: u32,
+    routes: BTreeSet<u32>,
     doorbells: BTreeSet<(u64, Option<u32>)>,
     connected: BTreeSet<u32>,
 }
@@ -78,8 +78,15 @@ impl Doorbells for Host {
 impl PciHost for Host {
     fn allocate_route(&self) -> io::Result<u32> {
         let mut listening = self.listening();
-        listening.routes += 1;
-        Ok(listening.routes)
+        let route = listening.routes.len() as u32;
+        listening.routes.insert(route);
+        Ok(route)
+    }
+
+    fn release_route(&self, route: u32) {
+        let mut listening = self.listening();
+        assert!(!listening.connected.contains(&route), "route {route} is still connected");
+        assert!(listening.routes.remove(&route), "route {route} was nobody's");
     }
 
     fn connect(&self, route: u32, _message: MsiMessage, _fd: &EventFd) -> io::Result<()> {
@@ -135,13 +142,17 @@ impl Machine {
         let event_device = shared(EventDevice::new(eventfd(), Box::new(|_slot| {})));
         let mut placed = power::attach(&ports, &mmio, &sink)
             && mmio.insert(layout::EVENT_DEVICE, events::REGISTERS_SIZE, event_device);
-        let mut root = PciRoot::new(&mmio, Some(WINDOW_64));
+        let root = Arc::new(Mutex::new(PciRoot::new(&mmio, Some(WINDOW_64))));
         let mut places = Vec::new();
         for ((slot, place), device) in (1..).zip(layout::virtio_mmio(devices.len())).zip(devices) {
             let device: Box<dyn VirtioDevice> = Box::new(device);
             if over_pci {
                 let bar = PciRoot::initial_bar(slot);
-                root.insert(slot, VirtioPci::new(device, ram.clone(), host.clone(), bar).expect("a function"));
+                PciRoot::insert(
+                    &root,
+                    slot,
+                    VirtioPci::new(device, ram.clone(), host.clone(), bar).expect("a function"),
+                );
                 places.push(bar);
             } else {
                 let device = VirtioMmio::new(device, ram.clone(), host.clone(), place.address, eventfd());
@@ -149,7 +160,6 @@ impl Machine {
                 places.push(place.address);
             }
         }
-        let root = Arc::new(Mutex::new(root));
         placed &= ports.insert(CONFIG_PORTS.into(), CONFIG_PORTS_LEN, shared(ConfigPorts(root.clone())))
             && mmio.insert(layout::ECAM, layout::ECAM_SIZE, shared(Ecam(root)));
         assert!(placed, "the platform's places do not overlap");
@@ -188,7 +198,7 @@ fn run(over_pci: bool, mut input: Input<'_>) {
     let Machine { ports, mmio, ram, host, .. } = machine;
     drop((ports, mmio));
     let listening = host.listening();
-    assert!(listening.doorbells.is_empty() && listening.connected.is_empty(), "nothing is left of the devices");
+    assert!(listening.doorbells.is_empty() && listening.routes.is_empty(), "nothing is left of the devices");
     assert_eq!(Arc::strong_count(&ram), 1, "the devices have let go of guest memory");
 }
 

@@ -12,7 +12,7 @@ use vm_memory::{GuestMemoryBackend, GuestMemoryRegion};
 
 use super::Machine;
 use super::board::{Board, News};
-use super::devices::{self, Opened};
+use super::devices::{self, Devices, Opened};
 use super::error::{KvmError, MachineError};
 use super::events::EventQueue;
 use super::lifecycle::State;
@@ -70,9 +70,9 @@ impl Machine {
         let news = Arc::new(News { events: events.clone(), timeline: timeline.clone() });
         let board = Arc::new(Board { ports: Bus::default(), mmio: Arc::default(), news: news.clone() });
         let interrupts = Arc::new(Interrupts::new(vm.clone()));
-        let (event_device, serial) = attach_platform(&board, news, &interrupts, serial, timeline)?;
+        let (event_device, serial) = attach_platform(&board, &news, &interrupts, serial, timeline)?;
         let opened = Opened { disks, nics, entropy };
-        let disks = devices::attach(opened, transport, &ram, &board, &interrupts, window_64)?;
+        let devices = Devices::attach(opened, transport, &ram, &board, &interrupts, window_64)?;
 
         let vcpus = create_vcpus(&vm, &cpuid, cpus, &entry)?;
         cpu::install_kick_handler().map_err(|e| KvmError::call("install its signal handler")(e))?;
@@ -85,7 +85,7 @@ impl Machine {
             event_device,
             serial,
             events,
-            disks,
+            devices,
             _ram: ram,
         })
     }
@@ -169,7 +169,7 @@ type Platform = (Arc<Mutex<EventDevice>>, Arc<SerialPort>);
 
 fn attach_platform(
     board: &Board,
-    news: Arc<News>,
+    news: &Arc<News>,
     interrupts: &Interrupts,
     serial: SerialSetup,
     timeline: &Arc<Timeline>,
@@ -177,9 +177,10 @@ fn attach_platform(
     let line = |gsi| interrupts.line(gsi).map_err(MachineError::host("make an interrupt line"));
     let serial = SerialPort::new(line(layout::SERIAL_GSI)?, serial.0, timeline.clone());
     let serial = Arc::new(serial.map_err(MachineError::host("make the serial port"))?);
-    // No device can be unplugged yet, so there is nothing to do when a guest lets go of one.
-    let event_device = Arc::new(Mutex::new(EventDevice::new(line(layout::EVENT_GSI)?, Box::new(|_slot| {}))));
-    let sink: Arc<dyn EventSink> = news;
+    let events = news.events.clone();
+    let on_eject = Box::new(move |slot: u8| events.ejected(slot.into()));
+    let event_device = Arc::new(Mutex::new(EventDevice::new(line(layout::EVENT_GSI)?, on_eject)));
+    let sink: Arc<dyn EventSink> = news.clone();
     let placed = power::attach(&board.ports, &board.mmio, &sink)
         && board.ports.insert(layout::SERIAL_PORT.into(), 8, shared(SerialDevice(serial.clone())))
         && board.mmio.insert(layout::EVENT_DEVICE, events::REGISTERS_SIZE, event_device.clone());

@@ -5,12 +5,13 @@ use std::path::PathBuf;
 
 use thiserror::Error;
 
+use super::devices::DeviceId;
 use crate::backend::disk::DiskError;
 use crate::backend::passt::PasstError;
 use crate::backend::tap::TapError;
 use crate::backend::vhost::VhostError;
 use crate::boot::BootError;
-use crate::config::ConfigError;
+use crate::config::{ConfigError, MAX_DEVICES};
 use crate::cpu::CpuError;
 use crate::memory::MemoryError;
 use crate::platform::acpi::AcpiError;
@@ -39,10 +40,27 @@ pub enum MachineError {
     Cpu(#[from] CpuError),
     #[error(transparent)]
     Acpi(#[from] AcpiError),
+    #[error(transparent)]
+    Plug(#[from] PlugError),
     #[error("{request} means nothing while the VM is {state}")]
     NotNow { request: &'static str, state: &'static str },
     #[error("the host has no resources left to {what}")]
     Host { what: &'static str, source: io::Error },
+}
+
+/// Why a device cannot come or go.
+#[derive(Debug, Error, PartialEq, Eq)]
+pub enum PlugError {
+    #[error("the VM has no PCI bus, and devices come and go on that alone")]
+    NoPci,
+    #[error("the PCI bus has no free slot: it has {MAX_DEVICES}")]
+    NoSlot,
+    #[error("there is a {0} already")]
+    IdInUse(DeviceId),
+    #[error("the guest has not let go of the {0} that there is")]
+    Leaving(DeviceId),
+    #[error("there is no {0}")]
+    Unknown(DeviceId),
 }
 
 /// What is wrong with KVM on this host.

@@ -8,21 +8,23 @@ mod builder;
 mod devices;
 mod error;
 mod events;
+mod hotplug;
 mod lifecycle;
 mod parts;
 
 use std::os::fd::RawFd;
-use std::sync::{Arc, Mutex, PoisonError};
+use std::sync::{Arc, Mutex, MutexGuard, PoisonError};
 use std::time::Duration;
 
-pub use self::error::{KvmError, MachineError};
+pub use self::devices::{DeviceId, Presence};
+pub use self::error::{KvmError, MachineError, PlugError};
 pub use self::lifecycle::{End, State};
 pub use self::parts::{OpenDisk, OpenNic, Parts, SerialSetup, open_initrd, open_kernel};
 
 use self::board::Board;
+use self::devices::Devices;
 use self::events::EventQueue;
 use self::lifecycle::Request;
-use crate::backend::disk::DiskCloser;
 use crate::cpu::{ExitHandler, Vcpus};
 use crate::memory::Ram;
 use crate::platform::events::EventDevice;
@@ -44,6 +46,8 @@ pub enum Pause {
 pub enum Notice {
     /// A pause that took longer is complete.
     Paused,
+    /// The guest has let go of a device as it was asked to, and nothing is left of it here.
+    Unplugged(DeviceId),
 }
 
 /// A VM, from the moment it is built to its end. Dropping it ends it.
@@ -56,8 +60,7 @@ pub struct Machine {
     event_device: Arc<Mutex<EventDevice>>,
     serial: Arc<SerialPort>,
     events: Arc<EventQueue>,
-    /// The disks that keep something in memory.
-    disks: Vec<DiskCloser>,
+    devices: Devices,
     /// Dropped last: KVM maps it for as long as there are vCPUs.
     _ram: Ram,
 }
@@ -111,8 +114,12 @@ impl Machine {
     /// goes on.
     pub fn press_power_button(&mut self) {
         if self.request(Request::PowerButton) {
-            self.event_device.lock().unwrap_or_else(PoisonError::into_inner).press_power_button();
+            self.event_device().press_power_button();
         }
+    }
+
+    fn event_device(&self) -> MutexGuard<'_, EventDevice> {
+        self.event_device.lock().unwrap_or_else(PoisonError::into_inner)
     }
 
     /// Ends the VM now, as pulling the plug does.
@@ -133,12 +140,13 @@ impl Machine {
         if matches!(self.state, State::Pausing { .. }) && self.finish_pause(Duration::ZERO) {
             notices.push(Notice::Paused);
         }
+        self.follow_ejections(&mut notices);
         notices
     }
 
     /// Brings the disks to rest, for a process that is about to exit: once the VM has ended, however it did.
     pub fn close_disks(&self) {
-        self.disks.iter().for_each(DiskCloser::close);
+        self.devices.close_disks();
     }
 
     #[must_use]

@@ -11,6 +11,7 @@ use crate::backend::OpenDirectly;
 use crate::boot::BootFile;
 use crate::config::{MemorySize, Transport};
 use crate::observe::Timeline;
+use crate::platform::layout;
 use crate::platform::serial::SerialOutput;
 
 /// Generous: a guest takes milliseconds, a busy machine seconds.
@@ -27,6 +28,12 @@ mod guests {
     pub const COUNTING_EXITS: &[u8] = &[0xff, 0x05, 0, 0, 0x20, 0, 0xe6, 0x80, 0xeb, 0xf6];
     /// `mov $0x3f8, %dx; mov $'x', %al`; `1: out %al, %dx; incl COUNTER; jmp 1b`
     pub const TALKING: &[u8] = &[0x66, 0xba, 0xf8, 0x03, 0xb0, b'x', 0xee, 0xff, 0x05, 0, 0, 0x20, 0, 0xeb, 0xf7];
+    /// `1: mov (removals asked for), %eax; test %eax, %eax; jz 1b; mov %eax, (ejected); jmp 1b`
+    pub const EJECTING: &[u8] =
+        &[0xa1, 0x08, 0x10, 0, 0xc0, 0x85, 0xc0, 0x74, 0xf7, 0xa3, 0x0c, 0x10, 0, 0xc0, 0xeb, 0xf0];
+    /// `1: movl $-1, (ejected); incl COUNTER; jmp 1b`
+    pub const EJECTING_ALL: &[u8] =
+        &[0xc7, 0x05, 0x0c, 0x10, 0, 0xc0, 255, 255, 255, 255, 0xff, 0x05, 0, 0, 0x20, 0, 0xeb, 0xee];
     /// `mov $0x600, %dx; mov $0x34, %al; out %al, %dx`; `1: hlt; jmp 1b`
     pub const POWERING_OFF: &[u8] = &[0x66, 0xba, 0x00, 0x06, 0xb0, 0x34, 0xee, 0xf4, 0xeb, 0xfd];
 }
@@ -184,5 +191,149 @@ fn a_guest_that_ends_while_it_is_paused_has_ended() {
             matches!(machine.state(), State::Ended(_))
         });
         assert!(matches!(machine.state(), State::Ended(End::PowerOff)));
+    }
+}
+
+fn disk_file() -> tempfile::NamedTempFile {
+    let file = tempfile::NamedTempFile::new().unwrap();
+    file.as_file().set_len(1 << 20).unwrap();
+    file
+}
+
+fn open_disk(id: &str, file: &tempfile::NamedTempFile) -> Result<OpenDisk, MachineError> {
+    OpenDisk::open(id, &file.path().to_str().unwrap().parse().unwrap(), &OpenDirectly)
+}
+
+fn disk(id: &str) -> DeviceId {
+    DeviceId::Disk(id.into())
+}
+
+/// Vendor and device in PCI slots that are not empty.
+fn in_slots(machine: &Machine) -> Vec<(u64, u32)> {
+    let vendor = |slot: u64| {
+        let mut data = [0; 4];
+        machine.board.mmio.read(layout::ECAM + (slot << 15), &mut data);
+        u32::from_le_bytes(data)
+    };
+    (1..32).map(|slot| (slot, vendor(slot))).filter(|&(_, vendor)| vendor != u32::MAX).collect()
+}
+
+const BLOCK: u32 = 0x1042_1af4;
+
+#[track_caller]
+fn wait_for_notice(machine: &mut Machine) -> Notice {
+    let mut notices = Vec::new();
+    wait_until(|| {
+        notices.extend(machine.handle_events());
+        !notices.is_empty()
+    });
+    assert_eq!(notices.len(), 1);
+    notices.remove(0)
+}
+
+#[test]
+fn a_disk_comes_and_goes_as_the_guest_lets_it() {
+    let Some(mut machine) = build(parts(guests::EJECTING, 1)) else { return };
+    let file = disk_file();
+    let early = machine.plug_disk(open_disk("data", &file).unwrap());
+    assert!(matches!(early, Err(MachineError::NotNow { state: "built", .. })));
+    machine.start().unwrap();
+    for round in 1..=40u64 {
+        machine.plug_disk(open_disk("data", &file).unwrap()).unwrap();
+        // A new slot each time.
+        let slot = (round - 1) % 31 + 1;
+        assert_eq!(in_slots(&machine), [(slot, BLOCK)]);
+        assert_eq!(machine.devices().collect::<Vec<_>>(), [(&disk("data"), Presence::Present)]);
+        if round % 2 == 0 {
+            // What is asked for in a pause is done after it.
+            machine.pause().unwrap();
+        }
+        machine.unplug(&disk("data")).unwrap();
+        machine.unplug(&disk("data")).unwrap();
+        if round % 2 == 0 {
+            assert!(machine.handle_events().is_empty());
+            assert_eq!(machine.devices().next().unwrap().1, Presence::Leaving);
+            machine.resume().unwrap();
+        }
+        assert_eq!(wait_for_notice(&mut machine), Notice::Unplugged(disk("data")));
+        assert_eq!((machine.devices().count(), in_slots(&machine)), (0, vec![]));
+    }
+    machine.kill();
+    let late = machine.plug_disk(open_disk("data", &file).unwrap());
+    assert!(matches!(late, Err(MachineError::NotNow { state: "ended", .. })));
+}
+
+#[test]
+fn a_guest_that_lets_nothing_go_keeps_it_and_one_that_lets_all_go_does_too() {
+    let Some(mut machine) = build(parts(guests::COUNTING, 1)) else { return };
+    machine.start().unwrap();
+    machine.plug_disk(open_disk("data", &disk_file()).unwrap()).unwrap();
+    machine.unplug(&disk("data")).unwrap();
+    assert!(machine.handle_events().is_empty());
+    assert_eq!(machine.devices().collect::<Vec<_>>(), [(&disk("data"), Presence::Leaving)]);
+    let again = machine.plug_disk(open_disk("data", &disk_file()).unwrap());
+    assert!(matches!(again, Err(MachineError::Plug(PlugError::Leaving(id))) if id == disk("data")));
+
+    let Some(mut machine) = build(parts(guests::EJECTING_ALL, 1)) else { return };
+    machine.start().unwrap();
+    machine.plug_disk(open_disk("data", &disk_file()).unwrap()).unwrap();
+    for _ in 0..10 {
+        wait_until_it_counts(&machine);
+        assert!(machine.handle_events().is_empty());
+    }
+    assert_eq!(machine.devices().collect::<Vec<_>>(), [(&disk("data"), Presence::Present)]);
+    assert_eq!(in_slots(&machine), [(1, BLOCK)]);
+    machine.unplug(&disk("data")).unwrap();
+    assert_eq!(wait_for_notice(&mut machine), Notice::Unplugged(disk("data")));
+}
+
+#[test]
+fn what_cannot_be_plugged_in_changes_nothing() {
+    let file = disk_file();
+    let disks = vec![open_disk("root", &file).unwrap()];
+    let Some(mut machine) = build(Parts { disks, ..parts(guests::EJECTING, 1) }) else { return };
+    machine.start().unwrap();
+    let refused = |result: Result<(), MachineError>, expected: PlugError| {
+        let MachineError::Plug(error) = result.unwrap_err() else { panic!("not {expected}") };
+        assert_eq!(error, expected);
+    };
+    let other = disk_file();
+    refused(machine.plug_disk(open_disk("root", &other).unwrap()), PlugError::IdInUse(disk("root")));
+    refused(machine.unplug(&disk("data")), PlugError::Unknown(disk("data")));
+    refused(machine.unplug(&DeviceId::Nic("root".into())), PlugError::Unknown(DeviceId::Nic("root".into())));
+    assert!(matches!(open_disk("again", &file), Err(MachineError::Disk(_))), "it is locked");
+    for n in 2..=31 {
+        machine.plug_disk(open_disk(&format!("disk{n}"), &disk_file()).unwrap()).unwrap();
+    }
+    refused(machine.plug_disk(open_disk("one-more", &other).unwrap()), PlugError::NoSlot);
+    assert_eq!((machine.devices().count(), in_slots(&machine).len()), (31, 31));
+    open_disk("one-more", &other).unwrap();
+    // One that was there at first goes as well.
+    machine.unplug(&disk("root")).unwrap();
+    assert_eq!(wait_for_notice(&mut machine), Notice::Unplugged(disk("root")));
+    machine.plug_disk(open_disk("root", &file).unwrap()).unwrap();
+    assert_eq!(in_slots(&machine).len(), 31);
+
+    for (pci, expected) in [(false, Some(PlugError::NoPci)), (true, None)] {
+        let disks = vec![open_disk("root", &other).unwrap()];
+        let transport = Transport::Mmio { pci };
+        let mut machine = build(Parts { disks, transport, ..parts(guests::EJECTING, 1) }).unwrap();
+        machine.start().unwrap();
+        let plugged = machine.plug_disk(open_disk("data", &disk_file()).unwrap());
+        match expected {
+            Some(expected) => refused(plugged, expected),
+            None => plugged.unwrap(),
+        }
+        refused(machine.unplug(&disk("root")), PlugError::NoPci);
+    }
+}
+
+#[test]
+fn two_devices_of_one_name_are_not_built() {
+    let disks = [(); 2].map(|()| open_disk("twin", &disk_file()).unwrap()).into();
+    let timeline = Arc::new(Timeline::from(Instant::now()));
+    if build(parts(guests::COUNTING, 1)).is_some() {
+        let built = Machine::build(Parts { disks, ..parts(guests::COUNTING, 1) }, &OpenDirectly, &timeline);
+        assert!(matches!(built, Err(MachineError::Plug(PlugError::IdInUse(_)))));
     }
 }

@@ -91,6 +91,15 @@ impl EventDevice {
         self.raise(PCI_SLOTS);
     }
 
+    /// Forgets what the guest has not read about `slot`, which is empty now.
+    ///
+    /// # Panics
+    /// If `slot` is not one of [`PCI_HOTPLUG_SLOTS`].
+    pub fn slot_vacated(&mut self, slot: u8) {
+        self.state.pci_up &= !slot_bit(slot);
+        self.state.pci_down &= !slot_bit(slot);
+    }
+
     fn raise(&mut self, events: u32) {
         self.state.events |= events;
         // Fails only when the counter is about to overflow, and then an edge is pending anyway.
@@ -167,6 +176,10 @@ mod tests {
         assert_eq!(read(&mut device, PCI_UP), 1 << 31 | 1 << 1);
         assert_eq!(read(&mut device, PCI_DOWN), 1 << 7);
         assert_eq!(read(&mut device, PCI_UP) | read(&mut device, PCI_DOWN), 0);
+        device.slot_removal_requested(7);
+        device.slot_removal_requested(8);
+        device.slot_vacated(7);
+        assert_eq!(read(&mut device, PCI_DOWN), 1 << 8);
 
         device.write(PCI_EJECT, &(1u32 << 7 | 1 << 31).to_le_bytes());
         assert_eq!(ejected.try_iter().collect::<Vec<_>>(), [7, 31]);

@@ -4,7 +4,7 @@
 //! them. KVM takes the table as a whole, so it is handed over only when a message really changes.
 
 use std::io;
-use std::sync::{Arc, Mutex, PoisonError};
+use std::sync::{Arc, Mutex, MutexGuard, PoisonError};
 
 use kvm_bindings::{
     KVM_IRQ_ROUTING_IRQCHIP, KVM_IRQ_ROUTING_MSI, KVM_IRQCHIP_IOAPIC, KVM_IRQCHIP_PIC_MASTER, KVM_IRQCHIP_PIC_SLAVE,
@@ -23,14 +23,46 @@ const MAX_MESSAGES: usize = 4096 - 40;
 
 pub struct Interrupts {
     vm: Arc<VmFd>,
-    /// Messages by GSI, from `IOAPIC_PINS` up.
-    messages: Mutex<Vec<Option<MsiMessage>>>,
+    routes: Mutex<Routes>,
+}
+
+/// Message routes, each a GSI from `IOAPIC_PINS` up.
+#[derive(Default)]
+struct Routes {
+    messages: Vec<Option<MsiMessage>>,
+    /// Those that have been given back.
+    free: Vec<u32>,
+}
+
+impl Routes {
+    fn allocate(&mut self) -> Option<u32> {
+        if let Some(gsi) = self.free.pop() {
+            return Some(gsi);
+        }
+        if self.messages.len() >= MAX_MESSAGES {
+            return None;
+        }
+        self.messages.push(None);
+        Some(IOAPIC_PINS + self.messages.len() as u32 - 1)
+    }
+
+    /// Nothing listens on it any more, so that KVM may keep what it has until the table changes anyway.
+    fn release(&mut self, gsi: u32) {
+        if let Some(message) = self.message(gsi) {
+            *message = None;
+            self.free.push(gsi);
+        }
+    }
+
+    fn message(&mut self, gsi: u32) -> Option<&mut Option<MsiMessage>> {
+        self.messages.get_mut(gsi.checked_sub(IOAPIC_PINS)? as usize)
+    }
 }
 
 impl Interrupts {
     #[must_use]
     pub fn new(vm: Arc<VmFd>) -> Self {
-        Self { vm, messages: Mutex::default() }
+        Self { vm, routes: Mutex::default() }
     }
 
     /// An eventfd that raises an edge on an IOAPIC pin.
@@ -43,17 +75,23 @@ impl Interrupts {
         Ok(fd)
     }
 
+    fn routes(&self) -> MutexGuard<'_, Routes> {
+        self.routes.lock().unwrap_or_else(PoisonError::into_inner)
+    }
+
     fn set_message(&self, gsi: u32, message: MsiMessage) -> io::Result<()> {
-        let mut messages = self.messages.lock().unwrap_or_else(PoisonError::into_inner);
-        let slot = messages.get_mut((gsi - IOAPIC_PINS) as usize).ok_or(io::ErrorKind::InvalidInput)?;
+        let mut routes = self.routes();
+        let slot = routes.message(gsi).ok_or(io::ErrorKind::InvalidInput)?;
         if *slot == Some(message) {
             return Ok(());
         }
         let before = slot.replace(message);
-        let entries = routing_entries(&messages);
+        let entries = routing_entries(&routes.messages);
         let routing = KvmIrqRouting::from_entries(&entries).map_err(|_| io::ErrorKind::InvalidInput)?;
         self.vm.set_gsi_routing(&routing).map_err(|error| {
-            messages[(gsi - IOAPIC_PINS) as usize] = before;
+            if let Some(slot) = routes.message(gsi) {
+                *slot = before;
+            }
             error.into()
         })
     }
@@ -81,12 +119,11 @@ impl Doorbells for Interrupts {
 
 impl PciHost for Interrupts {
     fn allocate_route(&self) -> io::Result<u32> {
-        let mut messages = self.messages.lock().unwrap_or_else(PoisonError::into_inner);
-        if messages.len() >= MAX_MESSAGES {
-            return Err(io::Error::other("all interrupt routes are taken"));
-        }
-        messages.push(None);
-        Ok(IOAPIC_PINS + messages.len() as u32 - 1)
+        self.routes().allocate().ok_or_else(|| io::Error::other("all interrupt routes are taken"))
+    }
+
+    fn release_route(&self, route: u32) {
+        self.routes().release(route);
     }
 
     fn connect(&self, route: u32, message: MsiMessage, fd: &EventFd) -> io::Result<()> {
@@ -132,6 +169,20 @@ fn routing_entries(messages: &[Option<MsiMessage>]) -> Vec<kvm_irq_routing_entry
 #[cfg(test)]
 mod tests {
     use super::*;
+
+    #[test]
+    fn routes_are_used_again() {
+        let mut routes = Routes::default();
+        let all: Vec<u32> = std::iter::from_fn(|| routes.allocate()).collect();
+        assert_eq!((all.len(), all[0]), (MAX_MESSAGES, IOAPIC_PINS));
+        *routes.message(30).unwrap() = Some(MsiMessage { address: 1, data: 2 });
+        routes.release(30);
+        assert_eq!(*routes.message(30).unwrap(), None);
+        assert_eq!((routes.allocate(), routes.allocate()), (Some(30), None));
+        // A pin is no route.
+        routes.release(3);
+        assert_eq!(routes.allocate(), None);
+    }
 
     #[test]
     fn every_pin_and_every_message_has_its_route() {

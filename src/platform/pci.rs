@@ -17,7 +17,8 @@ const HOST_BRIDGE: [u32; 3] = [0x0008_1b36, 0, 0x0600_0000];
 
 /// A function, and where its BAR is on the bus.
 struct Function {
-    virtio: VirtioPci,
+    /// None once it has been taken away: whoever still was on the way to it finds nothing.
+    virtio: Option<VirtioPci>,
     mapped: BarAddress,
 }
 
@@ -60,9 +61,32 @@ impl PciRoot {
         layout::PCI_WINDOW + slot as u64 * BAR_SIZE
     }
 
-    /// Puts a function into a slot, 1 to 31.
-    pub fn insert(&mut self, slot: usize, function: VirtioPci) {
-        self.slots[slot] = Some(Arc::new(Mutex::new(Function { virtio: function, mapped: None })));
+    /// Puts a function into a slot, 1 to 31, which is free.
+    pub fn insert(root: &Mutex<Self>, slot: usize, function: VirtioPci) {
+        let function = Function { virtio: Some(function), mapped: None };
+        lock(root).slots[slot] = Some(Arc::new(Mutex::new(function)));
+    }
+
+    /// The next free slot after that one, around the end.
+    pub fn free_slot(root: &Mutex<Self>, after: usize) -> Option<usize> {
+        let root = lock(root);
+        (after + 1..SLOTS).chain(1..=after).find(|&slot| root.slots[slot].is_none())
+    }
+
+    /// Takes the function out of a slot. From now on the guest finds nothing there, nor where its BAR was.
+    pub fn remove(root: &Mutex<Self>, slot: usize) -> Option<VirtioPci> {
+        let (shared, mmio) = {
+            let mut root = lock(root);
+            (root.slots[slot].take()?, root.mmio.upgrade())
+        };
+        let mut function = lock(&shared);
+        if let (Some(at), Some(mmio)) = (function.mapped.take(), mmio) {
+            mmio.remove(at);
+        }
+        let mut virtio = function.virtio.take()?;
+        // At once, as the guest may have another function's BAR in the same place next.
+        virtio.map_doorbells(None);
+        Some(virtio)
     }
 }
 
@@ -79,7 +103,7 @@ fn read_config(root: &Mutex<PciRoot>, slot: usize, offset: u16, data: &mut [u8])
     }
     let function = lock(root).slots[slot].clone();
     if let Some(function) = function {
-        lock(&function).virtio.config_read(offset, data);
+        lock(&function).config_read(offset, data);
     }
 }
 
@@ -92,34 +116,46 @@ fn write_config(root: &Mutex<PciRoot>, slot: usize, offset: u16, data: &[u8]) {
     let (Some(shared), Some(mmio)) = (shared, mmio) else { return };
     // The bus holds no lock of its own while it waits for a function, so it may be taken under this one.
     let mut function = lock(&shared);
-    function.virtio.config_write(offset, data);
-    let wanted = function.virtio.bar_address();
-    if wanted == function.mapped {
+    let Function { virtio: Some(virtio), mapped } = &mut *function else { return };
+    virtio.config_write(offset, data);
+    let wanted = virtio.bar_address();
+    if wanted == *mapped {
         return;
     }
-    if let Some(old) = function.mapped.take() {
+    if let Some(old) = mapped.take() {
         mmio.remove(old);
     }
     if let Some(new) = wanted {
         if !is_within(&windows, new) {
             crate::observe::guest_warning!("a BAR at {new:#x} is outside of the bridge's windows: it stays unmapped");
         } else if mmio.insert(new, BAR_SIZE, shared.clone()) {
-            function.mapped = wanted;
+            *mapped = wanted;
         } else {
             crate::observe::guest_warning!("a BAR at {new:#x} would cover another device: it stays unmapped");
         }
     }
-    let mapped = function.mapped;
-    function.virtio.map_doorbells(mapped);
+    virtio.map_doorbells(*mapped);
+}
+
+impl Function {
+    fn config_read(&mut self, offset: u16, data: &mut [u8]) {
+        if let Some(virtio) = &mut self.virtio {
+            virtio.config_read(offset, data);
+        }
+    }
 }
 
 impl BusDevice for Function {
     fn read(&mut self, offset: u64, data: &mut [u8]) {
-        self.virtio.bar_read(offset, data);
+        if let Some(virtio) = &mut self.virtio {
+            virtio.bar_read(offset, data);
+        }
     }
 
     fn write(&mut self, offset: u64, data: &[u8]) {
-        self.virtio.bar_write(offset, data);
+        if let Some(virtio) = &mut self.virtio {
+            virtio.bar_write(offset, data);
+        }
     }
 }
 

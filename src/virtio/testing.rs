@@ -22,7 +22,7 @@ pub struct FakeHost(Mutex<Host>);
 
 #[derive(Default)]
 struct Host {
-    routes: u32,
+    routes: BTreeSet<u32>,
     doorbells: BTreeSet<(u64, Option<u32>)>,
     /// By route: the message, and the eventfd KVM would listen to.
     connected: BTreeMap<u32, (MsiMessage, EventFd)>,
@@ -36,6 +36,11 @@ impl FakeHost {
 
     pub fn connected(&self) -> BTreeMap<u32, MsiMessage> {
         self.0.lock().unwrap().connected.iter().map(|(&route, &(message, _))| (route, message)).collect()
+    }
+
+    /// How many routes are taken.
+    pub fn routes(&self) -> usize {
+        self.0.lock().unwrap().routes.len()
     }
 
     /// How many messages a route has to send, as KVM would take them.
@@ -68,8 +73,15 @@ impl Doorbells for FakeHost {
 impl PciHost for FakeHost {
     fn allocate_route(&self) -> io::Result<u32> {
         let mut host = self.0.lock().unwrap();
-        host.routes += 1;
-        Ok(host.routes - 1)
+        let free = (0..).find(|route| !host.routes.contains(route)).expect("there are enough");
+        host.routes.insert(free);
+        Ok(free)
+    }
+
+    fn release_route(&self, route: u32) {
+        let mut host = self.0.lock().unwrap();
+        assert!(!host.connected.contains_key(&route), "route {route} is still connected");
+        assert!(host.routes.remove(&route), "route {route} was nobody's");
     }
 
     fn connect(&self, route: u32, message: MsiMessage, fd: &EventFd) -> io::Result<()> {

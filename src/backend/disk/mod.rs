@@ -225,6 +225,7 @@ impl Disk {
 }
 
 /// Brings a disk to rest while its device still has it.
+#[derive(Clone)]
 pub struct DiskCloser {
     path: PathBuf,
     image: Arc<Qcow2>,

@@ -5,23 +5,24 @@ use proptest::prelude::*;
 struct Pc {
     mmio: Arc<Bus>,
     ports: Bus,
+    root: Arc<Mutex<PciRoot>>,
     hosts: Vec<Arc<FakeHost>>,
 }
 
 /// Functions in slots 1 and 2.
 fn pc() -> Pc {
     let (mmio, ports) = (Arc::<Bus>::default(), Bus::default());
-    let mut root = PciRoot::new(&mmio, Some((1 << 38, 1 << 39)));
-    let mut hosts = Vec::new();
-    for slot in 1..=2 {
-        let (function, host, _) = function(PciRoot::initial_bar(slot));
-        root.insert(slot, function);
-        hosts.push(host);
-    }
-    let root = Arc::new(Mutex::new(root));
+    let root = Arc::new(Mutex::new(PciRoot::new(&mmio, Some((1 << 38, 1 << 39)))));
+    let hosts = [1, 2].map(|slot| plug(&root, slot)).into();
     assert!(ports.insert(CONFIG_PORTS.into(), CONFIG_PORTS_LEN, Arc::new(Mutex::new(ConfigPorts(root.clone())))));
-    assert!(mmio.insert(layout::ECAM, layout::ECAM_SIZE, Arc::new(Mutex::new(Ecam(root)))));
-    Pc { mmio, ports, hosts }
+    assert!(mmio.insert(layout::ECAM, layout::ECAM_SIZE, Arc::new(Mutex::new(Ecam(root.clone())))));
+    Pc { mmio, ports, root, hosts }
+}
+
+fn plug(root: &Mutex<PciRoot>, slot: usize) -> Arc<FakeHost> {
+    let (function, host, _) = function(PciRoot::initial_bar(slot));
+    PciRoot::insert(root, slot, function);
+    host
 }
 
 fn ecam(slot: u64, offset: u64) -> u64 {
@@ -102,10 +103,103 @@ fn a_bar_goes_where_nothing_else_is() {
 }
 
 #[test]
+fn slots_are_filled_in_turn() {
+    let pc = pc();
+    let free = |after| PciRoot::free_slot(&pc.root, after);
+    assert_eq!((free(0), free(2), free(30), free(31)), (Some(3), Some(3), Some(31), Some(3)));
+    for slot in 3..=31 {
+        plug(&pc.root, slot);
+    }
+    assert!((0..=31).all(|after| free(after).is_none()));
+    assert!(PciRoot::remove(&pc.root, 7).is_some());
+    assert!((0..=31).all(|after| free(after) == Some(7)));
+}
+
+#[test]
+fn a_function_that_is_taken_away_leaves_nothing() {
+    let mut pc = pc();
+    let bar = 0x40_0000_0000;
+    pc.move_bar(1, bar);
+    pc.move_bar(2, PciRoot::initial_bar(2));
+    // Somebody is on the way to it while it goes.
+    let on_the_way = lock(&pc.root).slots[1].clone().unwrap();
+    let function = PciRoot::remove(&pc.root, 1).unwrap();
+    assert!(pc.hosts[0].doorbells().is_empty());
+    assert!(PciRoot::remove(&pc.root, 1).is_none());
+
+    assert!(!pc.answers(bar) && pc.answers(PciRoot::initial_bar(2)));
+    assert_eq!(pc.config_read(1, 0), u32::MAX, "there is nobody");
+    let mut data = [0xff; 2];
+    lock(&on_the_way).read(0x12, &mut data);
+    lock(&on_the_way).write(0x14, &[1]);
+    assert_eq!(data, [0xff; 2]);
+    // Neither do its registers map it again.
+    pc.move_bar(1, bar);
+    assert!(!pc.answers(bar) && pc.hosts[0].doorbells().is_empty());
+    drop(function);
+    assert_eq!(pc.hosts[0].routes(), 0);
+
+    // The next one has the slot, and the address, for itself.
+    pc.hosts[0] = plug(&pc.root, 1);
+    pc.move_bar(1, bar);
+    assert!(pc.answers(bar));
+    assert_eq!(pc.hosts[0].doorbells(), [(bar + 0x3000, None), (bar + 0x3004, None)]);
+}
+
+/// Two CPUs of a guest move BARs about and look everywhere while functions come and go.
+#[test]
+fn nothing_is_left_behind_by_whatever_order() {
+    let pc = pc();
+    let done = std::sync::atomic::AtomicBool::new(false);
+    std::thread::scope(|threads| {
+        for slot in 1..=2 {
+            let (pc, done) = (&pc, &done);
+            threads.spawn(move || {
+                let places = [layout::PCI_WINDOW + 0x10_0000, 0x40_0000_0000, 0x40_0000_8000];
+                for place in places.iter().cycle() {
+                    if done.load(std::sync::atomic::Ordering::Relaxed) {
+                        return;
+                    }
+                    pc.move_bar(slot, *place);
+                    pc.answers(*place);
+                    pc.config_read(3 - slot, 0);
+                }
+            });
+        }
+        for round in 0..2000 {
+            let slot = 1 + round % 2;
+            let gone = PciRoot::remove(&pc.root, slot).unwrap();
+            let host = plug(&pc.root, slot);
+            drop(gone);
+            if round > 1 && round % 100 == 0 {
+                std::thread::yield_now();
+            }
+            if round < 2 {
+                assert_eq!((pc.hosts[round].routes(), pc.hosts[round].doorbells()), (0, vec![]));
+            }
+            drop(host);
+        }
+        done.store(true, std::sync::atomic::Ordering::Relaxed);
+    });
+    for slot in 1..=2 {
+        pc.move_bar(slot, PciRoot::initial_bar(slot as usize));
+    }
+    assert!(pc.answers(PciRoot::initial_bar(1)) && pc.answers(PciRoot::initial_bar(2)));
+    for slot in 1..=2 {
+        drop(PciRoot::remove(&pc.root, slot));
+        assert!(!pc.answers(PciRoot::initial_bar(slot)));
+    }
+    // The bus holds the configuration space, and nothing that was ever behind a BAR.
+    for place in [layout::PCI_WINDOW + 0x10_0000, 0x40_0000_0000, 0x40_0000_8000] {
+        assert!(!pc.answers(place), "{place:#x}");
+    }
+}
+
+#[test]
 fn the_functions_go_with_their_bus() {
-    let Pc { mmio, ports, hosts } = pc();
+    let Pc { mmio, ports, root, hosts } = pc();
     let host = Arc::downgrade(&hosts[0]);
-    drop((mmio, ports, hosts));
+    drop((mmio, ports, root, hosts));
     assert!(host.upgrade().is_none(), "a function still holds its host");
 }
 

@@ -45,8 +45,10 @@ const NOTIFY_MULTIPLIER: u32 = 4;
 
 /// What the function needs of its host: doorbells and message-signalled interrupts.
 pub trait PciHost: Doorbells {
-    /// A number for a message route, the function's own for its whole life.
+    /// A number for a message route, the function's own until it gives it back.
     fn allocate_route(&self) -> io::Result<u32>;
+    /// Takes back a route that is not connected.
+    fn release_route(&self, route: u32);
     /// Sends `message` to the guest whenever `fd` is signalled, what is pending there first.
     fn connect(&self, route: u32, message: MsiMessage, fd: &EventFd) -> io::Result<()>;
     fn disconnect(&self, route: u32, fd: &EventFd);

@@ -117,13 +117,13 @@ pub struct MsixTable {
 
 impl MsixTable {
     pub fn new(signals: Arc<Signals<MsixCarrier>>, host: Arc<dyn PciHost>) -> io::Result<Self> {
-        let vector = |_: &EventFd| {
+        let mut table = Self { vectors: Vec::new(), signals, host, control: 0 };
+        for _ in 0..table.signals.carrier.vectors.len() {
             let mut entry = [0; ENTRY];
             entry[CONTROL_OFFSET] = ENTRY_MASKED;
-            Ok(Vector { entry, route: host.allocate_route()?, connected: None })
-        };
-        let vectors = signals.carrier.vectors.iter().map(vector).collect::<io::Result<_>>()?;
-        Ok(Self { vectors, signals, host, control: 0 })
+            table.vectors.push(Vector { entry, route: table.host.allocate_route()?, connected: None });
+        }
+        Ok(table)
     }
 
     pub fn set_control(&mut self, control: u16) {
@@ -185,6 +185,7 @@ impl MsixTable {
 impl Drop for MsixTable {
     fn drop(&mut self) {
         self.set_control(0);
+        self.vectors.iter().for_each(|vector| self.host.release_route(vector.route));
     }
 }
 

@@ -270,7 +270,7 @@ fn nothing_is_left_of_a_function_that_goes() {
     assert_eq!(driver.host.doorbells(), [(BAR + 0x3000, None), (BAR + 0x3004, None)]);
     let PciDriver { function, host, served } = driver;
     drop(function);
-    assert_eq!((host.doorbells().len(), host.connected().len()), (0, 0));
+    assert_eq!((host.doorbells().len(), host.connected().len(), host.routes()), (0, 0, 0));
     assert_eq!(served.lock().unwrap().running, [None, None]);
 }
 
