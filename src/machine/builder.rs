@@ -16,6 +16,7 @@ use super::devices::{self, Devices, Opened};
 use super::error::{KvmError, MachineError};
 use super::events::EventQueue;
 use super::lifecycle::State;
+use super::limits::Limits;
 use super::parts::{Parts, SerialSetup};
 use crate::backend::{HostFile, HostFiles};
 use crate::boot::{self, BootSource, KernelCache};
@@ -71,6 +72,7 @@ impl Machine {
         let board = Arc::new(Board { ports: Bus::default(), mmio: Arc::default(), news: news.clone() });
         let interrupts = Arc::new(Interrupts::new(vm.clone()));
         let (event_device, serial) = attach_platform(&board, &news, &interrupts, serial, timeline)?;
+        let limits = Limits::of(&disks, &nics);
         let opened = Opened { disks, nics, entropy };
         let devices = Devices::attach(opened, transport, &ram, &board, &interrupts, window_64)?;
 
@@ -86,6 +88,7 @@ impl Machine {
             serial,
             events,
             devices,
+            limits,
             _ram: ram,
         })
     }

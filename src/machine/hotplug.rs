@@ -11,6 +11,7 @@
 use super::devices::{DeviceId, Presence};
 use super::error::MachineError;
 use super::lifecycle::State;
+use super::limits::Limits;
 use super::parts::{OpenDisk, OpenNic};
 use super::{Machine, Notice};
 use crate::observe::guest_warning;
@@ -22,7 +23,9 @@ impl Machine {
     /// When the VM does not run, has no PCI bus or no free slot, or there is a disk of that name.
     pub fn plug_disk(&mut self, disk: OpenDisk) -> Result<(), MachineError> {
         self.check_started("to plug in a disk")?;
+        let limits = Limits::of(std::slice::from_ref(&disk), &[]);
         let slot = self.devices.plug_disk(disk)?;
+        self.limits.add(limits);
         self.announce(slot);
         Ok(())
     }
@@ -33,7 +36,9 @@ impl Machine {
     /// As [`Self::plug_disk`].
     pub fn plug_nic(&mut self, nic: OpenNic) -> Result<(), MachineError> {
         self.check_started("to plug in a network card")?;
+        let limits = Limits::of(&[], std::slice::from_ref(&nic));
         let slot = self.devices.plug_nic(nic)?;
+        self.limits.add(limits);
         self.announce(slot);
         Ok(())
     }
@@ -70,7 +75,10 @@ impl Machine {
             }
         }
         for slot in self.events.take_dismantled() {
-            notices.extend(self.devices.forget(slot).map(Notice::Unplugged));
+            if let Some(id) = self.devices.forget(slot) {
+                self.limits.forget(&id);
+                notices.push(Notice::Unplugged(id));
+            }
         }
     }
 

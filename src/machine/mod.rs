@@ -10,6 +10,7 @@ mod error;
 mod events;
 mod hotplug;
 mod lifecycle;
+mod limits;
 mod parts;
 
 use std::os::fd::RawFd;
@@ -25,6 +26,7 @@ use self::board::Board;
 use self::devices::Devices;
 use self::events::EventQueue;
 use self::lifecycle::Request;
+use self::limits::Limits;
 use crate::cpu::{ExitHandler, Vcpus};
 use crate::memory::Ram;
 use crate::platform::events::EventDevice;
@@ -61,6 +63,7 @@ pub struct Machine {
     serial: Arc<SerialPort>,
     events: Arc<EventQueue>,
     devices: Devices,
+    limits: Limits,
     /// Dropped last: KVM maps it for as long as there are vCPUs.
     _ram: Ram,
 }

@@ -5,6 +5,7 @@ use std::path::Path;
 use std::sync::Arc;
 
 use super::error::MachineError;
+use super::limits::NicLimiters;
 use crate::backend::disk::Disk;
 use crate::backend::passt::Passt;
 use crate::backend::tap::Tap;
@@ -136,6 +137,10 @@ impl OpenDisk {
         &self.disk
     }
 
+    pub(super) fn limiter(&self) -> Arc<Limiter> {
+        self.limiter.clone()
+    }
+
     /// Makes the device, called `name` in logs.
     pub(super) fn into_device(self, name: String) -> Result<Front, MachineError> {
         let config = &self.config;
@@ -190,6 +195,13 @@ impl OpenNic {
     #[must_use]
     pub fn id(&self) -> &str {
         &self.id
+    }
+
+    pub(super) fn limiters(&self) -> NicLimiters {
+        match &self.wire {
+            Wire::Tap(taps, vhosts) if !vhosts.is_empty() => NicLimiters::Vhost(taps[0].name().to_owned()),
+            _ => NicLimiters::Both(self.limiters.clone()),
+        }
     }
 
     /// Makes the device, called `name` in logs.

@@ -9,7 +9,7 @@ use vm_memory::{Bytes, GuestAddress};
 use super::*;
 use crate::backend::OpenDirectly;
 use crate::boot::BootFile;
-use crate::config::{MemorySize, Transport};
+use crate::config::{MemorySize, RateLimits, Transport};
 use crate::observe::Timeline;
 use crate::platform::layout;
 use crate::platform::serial::SerialOutput;
@@ -244,6 +244,7 @@ fn a_disk_comes_and_goes_as_the_guest_lets_it() {
         let slot = (round - 1) % 31 + 1;
         assert_eq!(in_slots(&machine), [(slot, BLOCK)]);
         assert_eq!(machine.devices().collect::<Vec<_>>(), [(&disk("data"), Presence::Present)]);
+        machine.limit_disk("data", &RateLimits::default()).unwrap();
         if round % 2 == 0 {
             // What is asked for in a pause is done after it.
             machine.pause().unwrap();
@@ -257,6 +258,7 @@ fn a_disk_comes_and_goes_as_the_guest_lets_it() {
         }
         assert_eq!(wait_for_notice(&mut machine), Notice::Unplugged(disk("data")));
         assert_eq!((machine.devices().count(), in_slots(&machine)), (0, vec![]));
+        machine.limit_disk("data", &RateLimits::default()).unwrap_err();
     }
     machine.kill();
     let late = machine.plug_disk(open_disk("data", &file).unwrap());

@@ -1,0 +1,140 @@
+//! Limits of devices, which change while the guest runs.
+
+use std::sync::Arc;
+
+use super::Machine;
+use super::devices::DeviceId;
+use super::error::{MachineError, PlugError};
+use super::parts::{OpenDisk, OpenNic};
+use crate::backend::Limiter;
+use crate::config::{ConfigError, RateLimits};
+use crate::devices::net::NetLimiters;
+
+/// What limits the devices that the owner has names for.
+#[derive(Default)]
+pub struct Limits {
+    disks: Vec<(String, Arc<Limiter>)>,
+    nics: Vec<(String, NicLimiters)>,
+}
+
+/// What limits a network card.
+pub enum NicLimiters {
+    Both(NetLimiters),
+    /// Nothing can: the host's kernel moves the frames of this tap.
+    Vhost(String),
+}
+
+impl Limits {
+    pub fn of(disks: &[OpenDisk], nics: &[OpenNic]) -> Self {
+        Self {
+            disks: disks.iter().map(|disk| (disk.id().to_owned(), disk.limiter())).collect(),
+            nics: nics.iter().map(|nic| (nic.id().to_owned(), nic.limiters())).collect(),
+        }
+    }
+
+    /// Takes in those of more devices.
+    pub fn add(&mut self, mut more: Self) {
+        self.disks.append(&mut more.disks);
+        self.nics.append(&mut more.nics);
+    }
+
+    /// Forgets those of a device that is gone.
+    pub fn forget(&mut self, device: &DeviceId) {
+        match device {
+            DeviceId::Disk(gone) => self.disks.retain(|(id, _)| id != gone),
+            DeviceId::Nic(gone) => self.nics.retain(|(id, _)| id != gone),
+        }
+    }
+
+    fn limit_disk(&self, id: &str, limits: &RateLimits) -> Result<(), MachineError> {
+        let disk = self.disks.iter().find(|disk| disk.0 == id);
+        let (_, limiter) = disk.ok_or_else(|| PlugError::Unknown(DeviceId::Disk(id.to_owned())))?;
+        limiter.update(*limits);
+        Ok(())
+    }
+
+    fn limit_nic(&self, id: &str, rx: &RateLimits, tx: &RateLimits) -> Result<(), MachineError> {
+        let nic = self.nics.iter().find(|nic| nic.0 == id);
+        match nic.ok_or_else(|| PlugError::Unknown(DeviceId::Nic(id.to_owned())))? {
+            (_, NicLimiters::Both(limiters)) => {
+                limiters.rx.update(*rx);
+                limiters.tx.update(*tx);
+                Ok(())
+            }
+            (_, NicLimiters::Vhost(_)) if rx.is_unlimited() && tx.is_unlimited() => Ok(()),
+            (_, NicLimiters::Vhost(tap)) => Err(ConfigError::LimitsOfVhost(tap.clone()).into()),
+        }
+    }
+}
+
+impl Machine {
+    /// Changes the limits of a disk, at once also for what waits: a limit that is given replaces the one before, with a
+    /// full bucket, or takes it away if it is none; what is absent stays as it is.
+    ///
+    /// # Errors
+    /// When there is no such disk.
+    pub fn limit_disk(&self, id: &str, limits: &RateLimits) -> Result<(), MachineError> {
+        self.limits.limit_disk(id, limits)
+    }
+
+    /// The same for what a network card receives and sends.
+    ///
+    /// # Errors
+    /// When there is no such card, or nothing can limit it.
+    pub fn limit_nic(&self, id: &str, rx: &RateLimits, tx: &RateLimits) -> Result<(), MachineError> {
+        self.limits.limit_nic(id, rx, tx)
+    }
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+    use crate::backend::OpenDirectly;
+    use crate::config::TokenBucket;
+
+    const NINE_OPS: RateLimits =
+        RateLimits { bandwidth: None, operations: Some(TokenBucket { size: 9, refill_ms: 1000, burst: 0 }) };
+    const NONE: RateLimits = RateLimits { bandwidth: None, operations: None };
+
+    #[test]
+    fn a_disk_is_limited_by_its_name() {
+        let file = tempfile::NamedTempFile::new().unwrap();
+        file.as_file().set_len(4096).unwrap();
+        let open = |id: &str, limits: &str| {
+            let config = format!("{},ro{limits}", file.path().display()).parse().unwrap();
+            OpenDisk::open(id, &config, &OpenDirectly).unwrap()
+        };
+        let disks = [open("a", ""), open("b", ",bandwidth=1M")];
+        let mut limits = Limits::of(&disks, &[]);
+        limits.add(Limits::of(&[open("c", "")], &[]));
+        let before = disks[1].limiter().limits();
+        limits.limit_disk("b", &NINE_OPS).unwrap();
+        assert_eq!(disks[0].limiter().limits(), NONE);
+        assert_eq!(disks[1].limiter().limits(), RateLimits { bandwidth: before.bandwidth, ..NINE_OPS });
+        limits.limit_disk("c", &NINE_OPS).unwrap();
+        limits.forget(&DeviceId::Nic("c".into()));
+        limits.limit_disk("c", &NINE_OPS).unwrap();
+        limits.forget(&DeviceId::Disk("c".into()));
+        for unknown in ["c", "", "A"] {
+            let error = limits.limit_disk(unknown, &NINE_OPS).unwrap_err();
+            assert!(matches!(error, MachineError::Plug(PlugError::Unknown(DeviceId::Disk(_)))), "{error:?}");
+        }
+    }
+
+    #[test]
+    fn a_card_is_limited_each_way_unless_nothing_can() {
+        let ours = NetLimiters::default();
+        let nics = vec![("a".into(), NicLimiters::Both(ours.clone())), ("b".into(), NicLimiters::Vhost("tap0".into()))];
+        let limits = Limits { disks: Vec::new(), nics };
+        limits.limit_nic("a", &NONE, &NINE_OPS).unwrap();
+        assert_eq!((ours.rx.limits(), ours.tx.limits()), (NONE, NINE_OPS));
+        limits.limit_nic("a", &NINE_OPS, &NONE).unwrap();
+        assert_eq!((ours.rx.limits(), ours.tx.limits()), (NINE_OPS, NINE_OPS));
+        limits.limit_nic("b", &NONE, &NONE).unwrap();
+        for (rx, tx) in [(NONE, NINE_OPS), (NINE_OPS, NONE)] {
+            let error = limits.limit_nic("b", &rx, &tx).unwrap_err();
+            assert!(matches!(error, MachineError::Config(ConfigError::LimitsOfVhost(_))), "{error:?}");
+        }
+        assert!(limits.limit_nic("c", &NONE, &NONE).is_err());
+    }
+}
