@@ -20,7 +20,10 @@ fn data_goes_both_ways_and_limits_hold() {
     std::fs::write(&read_only, vec![0x5a; 4 << 20]).unwrap();
     guest.command.args(["--cpus", "2", "--disk"]);
     guest.command.arg(format!("{},id=data,queues=2,engine=io_uring", path.display()));
-    guest.command.arg("--disk").arg(format!("{},ro,id=fixed,engine=sync", read_only.display()));
+    guest
+        .command
+        .arg("--disk")
+        .arg(format!("{},ro,id=fixed,engine=sync,bandwidth=256K/10,ops=20/10", read_only.display()));
     let ended = guest.start(
         "
 data=$(disk data) fixed=$(disk fixed)

@@ -73,17 +73,17 @@ pub fn md5(bytes: &[u8]) -> String {
     String::from_utf8(child.wait_with_output().unwrap().stdout).unwrap()[..32].to_owned()
 }
 
-/// A guest at 172.30.7.2 on the tap, whose other side is 172.30.7.1.
-fn guest_on(tap: &Tap) -> Guest {
+/// A guest at 172.30.7.2 on the tap, whose other side is 172.30.7.1; with more options of its card.
+fn guest_on(tap: &Tap, options: &str) -> Guest {
     Guest::new("cloud")
-        .arg("--net", format!("tap={},mac=02:00:00:00:07:02,mtu=1400", tap.0))
+        .arg("--net", format!("tap={},mac=02:00:00:00:07:02,mtu=1400{options}", tap.0))
         .cmdline("tranche.ip=172.30.7.2/24,172.30.7.1")
 }
 
 #[test]
 fn a_card_has_its_address_and_features_and_answers() {
     let tap = Tap::new("tranche-t0", "172.30.7.1/24");
-    let ended = guest_on(&tap).run(
+    let ended = guest_on(&tap, "").run(
         "
 echo mac=$(cat /sys/class/net/eth0/address)
 echo mtu=$(cat /sys/class/net/eth0/mtu)
@@ -103,7 +103,7 @@ ping -c 3 -W 5 172.30.7.1 > /tmp/ping; echo ping=$?
 }
 
 #[test]
-fn a_transfer_to_the_guest_arrives_whole() {
+fn a_transfer_to_the_guest_arrives_whole_within_limits() {
     let tap = Tap::new("tranche-t1", "172.30.7.1/24");
     let listener = TcpListener::bind("172.30.7.1:0").unwrap();
     let port = listener.local_addr().unwrap().port();
@@ -111,18 +111,18 @@ fn a_transfer_to_the_guest_arrives_whole() {
     let sum = md5(&pattern);
     let sender = std::thread::spawn(move || listener.accept()?.0.write_all(&pattern));
     let script = format!("nc 172.30.7.1 {port} < /dev/null | md5sum | sed 's/ .*//; s/^/got=/'");
-    let ended = guest_on(&tap).run(&script).expect_code(0);
+    let ended = guest_on(&tap, ",rx-bandwidth=1M/100,rx-ops=100/10").run(&script).expect_code(0);
     assert_eq!(value(&ended.output, "got"), sum);
     sender.join().unwrap().unwrap();
 }
 
 #[test]
-fn a_transfer_from_the_guest_arrives_whole() {
+fn a_transfer_from_the_guest_arrives_whole_within_limits() {
     let tap = Tap::new("tranche-t2", "172.30.7.1/24");
     let listener = TcpListener::bind("172.30.7.1:0").unwrap();
     let port = listener.local_addr().unwrap().port();
     let pattern = pattern(BYTES);
-    let mut guest = guest_on(&tap);
+    let mut guest = guest_on(&tap, ",tx-bandwidth=1M/100,tx-ops=100/10");
     let source = guest.dir.path().join("source.img");
     std::fs::write(&source, &pattern).unwrap();
     guest.command.arg("--disk").arg(format!("{},ro,id=source", source.display()));
