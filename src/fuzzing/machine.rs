@@ -116,7 +116,7 @@ fn devices() -> (Vec<Front>, File) {
     let options = BlockOptions { id: Some("fuzzed"), cache: CacheMode::Writeback, queues: 1 };
     let (tap, network) = queues::network();
     let devices = [
-        block::device("block0".into(), disk, rings, options, Arc::default()),
+        block::device("block0".into(), &disk, rings, options, Arc::default()).map(|block| block.front),
         net::device("net0".into(), vec![tap], Vec::new(), NetOptions::default(), NetLimiters::default()),
         rng::device("rng0".into(), Arc::default()),
     ];

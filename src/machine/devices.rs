@@ -4,11 +4,11 @@ use std::fmt;
 use std::sync::{Arc, Mutex};
 
 use super::board::Board;
+use super::drive::Drive;
 use super::error::{MachineError, PlugError};
 use super::events::EventQueue;
 use super::parts::{OpenDisk, OpenNic};
 use crate::backend::Limiter;
-use crate::backend::disk::DiskCloser;
 use crate::config::{EntropyConfig, Transport};
 use crate::devices::{Front, rng};
 use crate::memory::Ram;
@@ -16,6 +16,7 @@ use crate::platform::bus::shared;
 use crate::platform::interrupts::Interrupts;
 use crate::platform::layout::{self, MmioPlace};
 use crate::platform::pci::{CONFIG_PORTS, CONFIG_PORTS_LEN, ConfigPorts, Ecam, PciRoot};
+use crate::virtio::DeviceEvents;
 use crate::virtio::mmio::{self, VirtioMmio};
 use crate::virtio::pci::VirtioPci;
 
@@ -66,14 +67,34 @@ pub struct Opened {
     pub entropy: Option<EntropyConfig>,
 }
 
+impl Opened {
+    fn count(&self) -> usize {
+        self.disks.len() + self.nics.len() + usize::from(self.entropy.is_some())
+    }
+}
+
 /// A disk or a network card.
 struct Device {
     id: DeviceId,
-    /// Where it is, on PCI.
-    slot: Option<usize>,
+    place: Place,
     presence: Presence,
-    /// Of a disk that keeps something in memory.
-    closer: Option<DiskCloser>,
+    /// Of a disk.
+    drive: Option<Drive>,
+}
+
+/// Where a device is.
+struct Place {
+    /// On PCI.
+    slot: Option<usize>,
+    /// What it tells its driver by.
+    events: Arc<dyn DeviceEvents>,
+}
+
+/// What a device is going to be known by: none for one that no owner asks for.
+struct Made {
+    front: Front,
+    id: Option<DeviceId>,
+    drive: Option<Drive>,
 }
 
 /// All disks and network cards, and what more of them need.
@@ -112,60 +133,57 @@ impl Devices {
             Pci { root, interrupts: interrupts.clone(), last_slot: 0 }
         });
         let mut devices = Self { all: Vec::new(), ram: ram.clone(), pci, disks: 0, nics: 0 };
-        let fronts = devices.make_all(opened)?;
-        match transport {
-            Transport::Pci => {
-                for (index, front) in fronts.into_iter().enumerate() {
-                    let slot = devices.put_behind_pci(front)?;
-                    if let Some(device) = devices.all.get_mut(index) {
-                        device.slot = Some(slot);
-                    }
-                }
-            }
-            Transport::Mmio { .. } => {
-                for (place, front) in mmio_places(transport, fronts.len()).into_iter().zip(fronts) {
-                    let device = interrupts.line(place.gsi).and_then(|line| {
-                        VirtioMmio::new(Box::new(front), ram.clone(), interrupts.clone(), place.address, line)
-                    });
-                    let device = shared(device.map_err(MachineError::host("make an MMIO device"))?);
-                    assert!(board.mmio.insert(place.address, mmio::REGISTERS_SIZE, device), "{NO_OVERLAP}");
-                }
-            }
+        let mut places = mmio_places(transport, opened.count()).into_iter();
+        for disk in opened.disks {
+            let made = devices.make_disk(disk)?;
+            devices.put(made, &mut places, board, interrupts)?;
+        }
+        for nic in opened.nics {
+            let made = devices.make_nic(nic)?;
+            devices.put(made, &mut places, board, interrupts)?;
+        }
+        if let Some(EntropyConfig { limits }) = opened.entropy {
+            let front = rng::device("rng0".into(), Arc::new(Limiter::new(limits)));
+            let front = front.map_err(MachineError::host("make the entropy device"))?;
+            devices.put(Made { front, id: None, drive: None }, &mut places, board, interrupts)?;
         }
         Ok(devices)
     }
 
-    /// Those that have a name first, in the order of [`Self::all`].
-    fn make_all(&mut self, opened: Opened) -> Result<Vec<Front>, MachineError> {
-        let mut fronts = Vec::new();
-        for disk in opened.disks {
-            fronts.push(self.make_disk(disk)?);
-        }
-        for nic in opened.nics {
-            fronts.push(self.make_nic(nic)?);
-        }
-        if let Some(EntropyConfig { limits }) = opened.entropy {
-            let device = rng::device("rng0".into(), Arc::new(Limiter::new(limits)));
-            fronts.push(device.map_err(MachineError::host("make the entropy device"))?);
-        }
-        Ok(fronts)
+    /// Puts a device into the next of the places over MMIO; when there is none, behind PCI.
+    fn put(
+        &mut self,
+        made: Made,
+        places: &mut impl Iterator<Item = MmioPlace>,
+        board: &Board,
+        interrupts: &Arc<Interrupts>,
+    ) -> Result<(), MachineError> {
+        let Some(MmioPlace { address, gsi, .. }) = places.next() else { return self.put_behind_pci(made).map(drop) };
+        let device = interrupts.line(gsi).and_then(|line| {
+            VirtioMmio::new(Box::new(made.front), self.ram.clone(), interrupts.clone(), address, line)
+        });
+        let device = device.map_err(MachineError::host("make an MMIO device"))?;
+        self.know(made.id, made.drive, Place { slot: None, events: device.events() });
+        assert!(board.mmio.insert(address, mmio::REGISTERS_SIZE, shared(device)), "{NO_OVERLAP}");
+        Ok(())
     }
 
-    fn make_disk(&mut self, disk: OpenDisk) -> Result<Front, MachineError> {
+    fn know(&mut self, id: Option<DeviceId>, drive: Option<Drive>, place: Place) {
+        self.all.extend(id.map(|id| Device { id, place, presence: Presence::Present, drive }));
+    }
+
+    fn make_disk(&mut self, disk: OpenDisk) -> Result<Made, MachineError> {
         let id = self.vacant(DeviceId::Disk(disk.id().to_owned()))?;
-        let closer = disk.disk().closer();
-        let front = disk.into_device(format!("block{}", self.disks))?;
+        let (front, drive) = disk.into_device(format!("block{}", self.disks))?;
         self.disks += 1;
-        self.all.push(Device { id, slot: None, presence: Presence::Present, closer });
-        Ok(front)
+        Ok(Made { front, id: Some(id), drive: Some(drive) })
     }
 
-    fn make_nic(&mut self, nic: OpenNic) -> Result<Front, MachineError> {
+    fn make_nic(&mut self, nic: OpenNic) -> Result<Made, MachineError> {
         let id = self.vacant(DeviceId::Nic(nic.id().to_owned()))?;
         let front = nic.into_device(format!("net{}", self.nics))?;
         self.nics += 1;
-        self.all.push(Device { id, slot: None, presence: Presence::Present, closer: None });
-        Ok(front)
+        Ok(Made { front, id: Some(id), drive: None })
     }
 
     /// The name, if it is nobody's.
@@ -178,13 +196,16 @@ impl Devices {
     }
 
     /// Puts a device into a free slot.
-    fn put_behind_pci(&mut self, front: Front) -> Result<usize, MachineError> {
+    fn put_behind_pci(&mut self, made: Made) -> Result<usize, MachineError> {
         let pci = self.pci.as_mut().ok_or(PlugError::NoPci)?;
         let slot = PciRoot::free_slot(&pci.root, pci.last_slot).ok_or(PlugError::NoSlot)?;
         let bar = PciRoot::initial_bar(slot);
-        let function = VirtioPci::new(Box::new(front), self.ram.clone(), pci.interrupts.clone(), bar);
-        PciRoot::insert(&pci.root, slot, function.map_err(MachineError::host("make a PCI function"))?);
+        let function = VirtioPci::new(Box::new(made.front), self.ram.clone(), pci.interrupts.clone(), bar);
+        let function = function.map_err(MachineError::host("make a PCI function"))?;
+        let place = Place { slot: Some(slot), events: function.events() };
+        PciRoot::insert(&pci.root, slot, function);
         pci.last_slot = slot;
+        self.know(made.id, made.drive, place);
         Ok(slot)
     }
 
@@ -196,30 +217,42 @@ impl Devices {
 
     /// Puts a disk into a free slot of a machine that has been built; returns which.
     pub fn plug_disk(&mut self, disk: OpenDisk) -> Result<usize, MachineError> {
-        self.plug(|devices| devices.make_disk(disk))
+        self.check_room()?;
+        let made = self.make_disk(disk)?;
+        self.put_behind_pci(made)
     }
 
     /// The same for a network card.
     pub fn plug_nic(&mut self, nic: OpenNic) -> Result<usize, MachineError> {
-        self.plug(|devices| devices.make_nic(nic))
+        self.check_room()?;
+        let made = self.make_nic(nic)?;
+        self.put_behind_pci(made)
     }
 
-    fn plug(&mut self, make: impl FnOnce(&mut Self) -> Result<Front, MachineError>) -> Result<usize, MachineError> {
-        self.check_room()?;
-        let before = self.all.len();
-        let front = make(self)?;
-        let slot = self.put_behind_pci(front).inspect_err(|_| self.all.truncate(before));
-        if let (Ok(slot), Some(device)) = (&slot, self.all.last_mut()) {
-            device.slot = Some(*slot);
+    /// The drive of a disk that is not about to go.
+    pub fn drive(&mut self, id: &str) -> Result<(&mut Drive, &Arc<dyn DeviceEvents>), PlugError> {
+        let id = DeviceId::Disk(id.to_owned());
+        let Device { presence, drive, place, .. } = self.find(&id)?;
+        match drive {
+            Some(drive) if *presence == Presence::Present => Ok((drive, &place.events)),
+            _ => Err(PlugError::Leaving(id)),
         }
-        slot
+    }
+
+    /// Disks that have got another file, of which nobody has heard yet.
+    pub fn take_replaced(&mut self) -> impl Iterator<Item = &DeviceId> {
+        self.all.iter_mut().filter_map(|Device { id, drive, .. }| drive.as_mut()?.has_been_replaced().then_some(&*id))
+    }
+
+    fn find(&mut self, id: &DeviceId) -> Result<&mut Device, PlugError> {
+        let device = self.all.iter_mut().find(|device| device.id == *id);
+        device.ok_or_else(|| PlugError::Unknown(id.clone()))
     }
 
     /// Notes that the guest is asked to let go of a device. Returns the slot to ask for; none if it has let go already.
     pub fn expect_to_leave(&mut self, id: &DeviceId) -> Result<Option<usize>, PlugError> {
-        let device = self.all.iter_mut().find(|device| device.id == *id);
-        let device = device.ok_or_else(|| PlugError::Unknown(id.clone()))?;
-        let slot = device.slot.ok_or(PlugError::NoPci)?;
+        let device = self.find(id)?;
+        let slot = device.place.slot.ok_or(PlugError::NoPci)?;
         if device.presence == Presence::Ejected {
             return Ok(None);
         }
@@ -230,10 +263,10 @@ impl Devices {
     /// The guest has let go of what is in `slot`: takes it apart if it was asked to. [`EventQueue::dismantled`] tells
     /// when that is done. `false` if the guest was not asked.
     pub fn eject(&mut self, slot: usize, events: &Arc<EventQueue>) -> bool {
-        let leaving = |device: &&mut Device| device.slot == Some(slot) && device.presence == Presence::Leaving;
+        let leaving = |device: &&mut Device| device.place.slot == Some(slot) && device.presence == Presence::Leaving;
         let (Some(device), Some(pci)) = (self.all.iter_mut().find(leaving), &self.pci) else { return false };
         device.presence = Presence::Ejected;
-        let (function, closer) = (PciRoot::remove(&pci.root, slot), device.closer.clone());
+        let (function, closer) = (PciRoot::remove(&pci.root, slot), device.drive.as_ref().and_then(Drive::closer));
         let told = events.clone();
         let dismantle = move || {
             drop(function);
@@ -254,7 +287,7 @@ impl Devices {
 
     /// Forgets a device that has been taken apart.
     pub fn forget(&mut self, slot: usize) -> Option<DeviceId> {
-        let gone = |device: &Device| device.slot == Some(slot) && device.presence == Presence::Ejected;
+        let gone = |device: &Device| device.place.slot == Some(slot) && device.presence == Presence::Ejected;
         let at = self.all.iter().position(gone)?;
         Some(self.all.remove(at).id)
     }
@@ -265,7 +298,8 @@ impl Devices {
 
     /// Brings all disks to rest.
     pub fn close_disks(&self) {
-        self.all.iter().filter_map(|device| device.closer.as_ref()).for_each(DiskCloser::close);
+        let drives = self.all.iter().filter_map(|device| device.drive.as_ref());
+        drives.filter_map(Drive::closer).for_each(|closer| closer.close());
     }
 }
 

@@ -6,6 +6,7 @@
 mod board;
 mod builder;
 mod devices;
+mod drive;
 mod error;
 mod events;
 mod hotplug;
@@ -18,6 +19,7 @@ use std::sync::{Arc, Mutex, MutexGuard, PoisonError};
 use std::time::Duration;
 
 pub use self::devices::{DeviceId, Presence};
+pub use self::drive::Replacement;
 pub use self::error::{KvmError, MachineError, PlugError};
 pub use self::lifecycle::{End, State};
 pub use self::parts::{OpenDisk, OpenNic, Parts, SerialSetup, open_initrd, open_kernel};
@@ -50,6 +52,8 @@ pub enum Notice {
     Paused,
     /// The guest has let go of a device as it was asked to, and nothing is left of it here.
     Unplugged(DeviceId),
+    /// The disk of that name has another file, which took longer.
+    Replaced(String),
 }
 
 /// A VM, from the moment it is built to its end. Dropping it ends it.
@@ -144,6 +148,7 @@ impl Machine {
             notices.push(Notice::Paused);
         }
         self.follow_ejections(&mut notices);
+        self.follow_replacements(&mut notices);
         notices
     }
 

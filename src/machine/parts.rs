@@ -4,6 +4,7 @@
 use std::path::Path;
 use std::sync::Arc;
 
+use super::drive::Drive;
 use super::error::MachineError;
 use super::limits::NicLimiters;
 use crate::backend::disk::Disk;
@@ -16,7 +17,7 @@ use crate::config::{
     DiskConfig, EntropyConfig, MAX_USER_MTU, MacAddress, MemorySize, NetBackend, NetConfig, SerialConfig, Transport,
     VmConfig,
 };
-use crate::devices::block::{BlockOptions, Rings};
+use crate::devices::block::{BlockDevice, BlockOptions, Rings};
 use crate::devices::net::{NetLimiters, NetOptions};
 use crate::devices::{Front, block, net};
 use crate::platform::serial::{SerialOutput, stdout_file};
@@ -133,20 +134,17 @@ impl OpenDisk {
         &self.id
     }
 
-    pub(super) fn disk(&self) -> &Disk {
-        &self.disk
-    }
-
     pub(super) fn limiter(&self) -> Arc<Limiter> {
         self.limiter.clone()
     }
 
     /// Makes the device, called `name` in logs.
-    pub(super) fn into_device(self, name: String) -> Result<Front, MachineError> {
-        let config = &self.config;
+    pub(super) fn into_device(self, name: String) -> Result<(Front, Drive), MachineError> {
+        let Self { config, disk, rings, limiter, .. } = self;
         let options = BlockOptions { id: config.id.as_deref(), cache: config.cache, queues: config.queues };
-        block::device(name, self.disk, self.rings, options, self.limiter)
-            .map_err(MachineError::host("make a block device"))
+        let device = block::device(name, &disk, rings, options, limiter);
+        let BlockDevice { front, tray } = device.map_err(MachineError::host("make a block device"))?;
+        Ok((front, Drive { config, disk, tray, change: None }))
     }
 }
 

@@ -7,7 +7,8 @@ use std::time::{Duration, Instant};
 use vm_memory::{Bytes, GuestAddress};
 
 use super::*;
-use crate::backend::OpenDirectly;
+use crate::backend::disk::tests::patiently;
+use crate::backend::{DiskError, OpenDirectly};
 use crate::boot::BootFile;
 use crate::config::{MemorySize, RateLimits, Transport};
 use crate::observe::Timeline;
@@ -200,8 +201,16 @@ fn disk_file() -> tempfile::NamedTempFile {
     file
 }
 
-fn open_disk(id: &str, file: &tempfile::NamedTempFile) -> Result<OpenDisk, MachineError> {
+fn open_disk(id: &str, file: &tempfile::NamedTempFile) -> OpenDisk {
+    patiently(|| try_open_disk(id, file))
+}
+
+fn try_open_disk(id: &str, file: &tempfile::NamedTempFile) -> Result<OpenDisk, MachineError> {
     OpenDisk::open(id, &file.path().to_str().unwrap().parse().unwrap(), &OpenDirectly)
+}
+
+fn is_locked(file: &tempfile::NamedTempFile) -> bool {
+    matches!(try_open_disk("x", file), Err(MachineError::Disk(DiskError::Locked { .. })))
 }
 
 fn disk(id: &str) -> DeviceId {
@@ -235,11 +244,11 @@ fn wait_for_notice(machine: &mut Machine) -> Notice {
 fn a_disk_comes_and_goes_as_the_guest_lets_it() {
     let Some(mut machine) = build(parts(guests::EJECTING, 1)) else { return };
     let file = disk_file();
-    let early = machine.plug_disk(open_disk("data", &file).unwrap());
+    let early = machine.plug_disk(open_disk("data", &file));
     assert!(matches!(early, Err(MachineError::NotNow { state: "built", .. })));
     machine.start().unwrap();
     for round in 1..=40u64 {
-        machine.plug_disk(open_disk("data", &file).unwrap()).unwrap();
+        machine.plug_disk(open_disk("data", &file)).unwrap();
         // A new slot each time.
         let slot = (round - 1) % 31 + 1;
         assert_eq!(in_slots(&machine), [(slot, BLOCK)]);
@@ -261,7 +270,7 @@ fn a_disk_comes_and_goes_as_the_guest_lets_it() {
         machine.limit_disk("data", &RateLimits::default()).unwrap_err();
     }
     machine.kill();
-    let late = machine.plug_disk(open_disk("data", &file).unwrap());
+    let late = machine.plug_disk(open_disk("data", &file));
     assert!(matches!(late, Err(MachineError::NotNow { state: "ended", .. })));
 }
 
@@ -269,16 +278,16 @@ fn a_disk_comes_and_goes_as_the_guest_lets_it() {
 fn a_guest_that_lets_nothing_go_keeps_it_and_one_that_lets_all_go_does_too() {
     let Some(mut machine) = build(parts(guests::COUNTING, 1)) else { return };
     machine.start().unwrap();
-    machine.plug_disk(open_disk("data", &disk_file()).unwrap()).unwrap();
+    machine.plug_disk(open_disk("data", &disk_file())).unwrap();
     machine.unplug(&disk("data")).unwrap();
     assert!(machine.handle_events().is_empty());
     assert_eq!(machine.devices().collect::<Vec<_>>(), [(&disk("data"), Presence::Leaving)]);
-    let again = machine.plug_disk(open_disk("data", &disk_file()).unwrap());
+    let again = machine.plug_disk(open_disk("data", &disk_file()));
     assert!(matches!(again, Err(MachineError::Plug(PlugError::Leaving(id))) if id == disk("data")));
 
     let Some(mut machine) = build(parts(guests::EJECTING_ALL, 1)) else { return };
     machine.start().unwrap();
-    machine.plug_disk(open_disk("data", &disk_file()).unwrap()).unwrap();
+    machine.plug_disk(open_disk("data", &disk_file())).unwrap();
     for _ in 0..10 {
         wait_until_it_counts(&machine);
         assert!(machine.handle_events().is_empty());
@@ -292,7 +301,7 @@ fn a_guest_that_lets_nothing_go_keeps_it_and_one_that_lets_all_go_does_too() {
 #[test]
 fn what_cannot_be_plugged_in_changes_nothing() {
     let file = disk_file();
-    let disks = vec![open_disk("root", &file).unwrap()];
+    let disks = vec![open_disk("root", &file)];
     let Some(mut machine) = build(Parts { disks, ..parts(guests::EJECTING, 1) }) else { return };
     machine.start().unwrap();
     let refused = |result: Result<(), MachineError>, expected: PlugError| {
@@ -300,28 +309,28 @@ fn what_cannot_be_plugged_in_changes_nothing() {
         assert_eq!(error, expected);
     };
     let other = disk_file();
-    refused(machine.plug_disk(open_disk("root", &other).unwrap()), PlugError::IdInUse(disk("root")));
+    refused(machine.plug_disk(open_disk("root", &other)), PlugError::IdInUse(disk("root")));
     refused(machine.unplug(&disk("data")), PlugError::Unknown(disk("data")));
     refused(machine.unplug(&DeviceId::Nic("root".into())), PlugError::Unknown(DeviceId::Nic("root".into())));
-    assert!(matches!(open_disk("again", &file), Err(MachineError::Disk(_))), "it is locked");
+    assert!(is_locked(&file));
     for n in 2..=31 {
-        machine.plug_disk(open_disk(&format!("disk{n}"), &disk_file()).unwrap()).unwrap();
+        machine.plug_disk(open_disk(&format!("disk{n}"), &disk_file())).unwrap();
     }
-    refused(machine.plug_disk(open_disk("one-more", &other).unwrap()), PlugError::NoSlot);
+    refused(machine.plug_disk(open_disk("one-more", &other)), PlugError::NoSlot);
     assert_eq!((machine.devices().count(), in_slots(&machine).len()), (31, 31));
-    open_disk("one-more", &other).unwrap();
+    open_disk("one-more", &other);
     // One that was there at first goes as well.
     machine.unplug(&disk("root")).unwrap();
     assert_eq!(wait_for_notice(&mut machine), Notice::Unplugged(disk("root")));
-    machine.plug_disk(open_disk("root", &file).unwrap()).unwrap();
+    machine.plug_disk(open_disk("root", &file)).unwrap();
     assert_eq!(in_slots(&machine).len(), 31);
 
     for (pci, expected) in [(false, Some(PlugError::NoPci)), (true, None)] {
-        let disks = vec![open_disk("root", &other).unwrap()];
+        let disks = vec![open_disk("root", &other)];
         let transport = Transport::Mmio { pci };
         let mut machine = build(Parts { disks, transport, ..parts(guests::EJECTING, 1) }).unwrap();
         machine.start().unwrap();
-        let plugged = machine.plug_disk(open_disk("data", &disk_file()).unwrap());
+        let plugged = machine.plug_disk(open_disk("data", &disk_file()));
         match expected {
             Some(expected) => refused(plugged, expected),
             None => plugged.unwrap(),
@@ -332,10 +341,54 @@ fn what_cannot_be_plugged_in_changes_nothing() {
 
 #[test]
 fn two_devices_of_one_name_are_not_built() {
-    let disks = [(); 2].map(|()| open_disk("twin", &disk_file()).unwrap()).into();
+    let disks = [(); 2].map(|()| open_disk("twin", &disk_file())).into();
     let timeline = Arc::new(Timeline::from(Instant::now()));
     if build(parts(guests::COUNTING, 1)).is_some() {
         let built = Machine::build(Parts { disks, ..parts(guests::COUNTING, 1) }, &OpenDirectly, &timeline);
         assert!(matches!(built, Err(MachineError::Plug(PlugError::IdInUse(_)))));
+    }
+}
+
+#[test]
+fn a_disk_gets_another_file_or_its_own_again() {
+    for transport in [Transport::Pci, Transport::Mmio { pci: false }] {
+        let files = [disk_file(), disk_file()];
+        let disks = vec![open_disk("data", &files[0])];
+        let Some(mut machine) = build(Parts { disks, transport, ..parts(guests::COUNTING, 1) }) else { return };
+        let replace = |machine: &mut Machine, id: &str, path: &std::path::Path| {
+            machine.replace_disk(id, path, &crate::config::Image::default(), &OpenDirectly)
+        };
+        let early = replace(&mut machine, "data", files[1].path());
+        assert!(matches!(early, Err(MachineError::NotNow { .. })));
+        machine.start().unwrap();
+        for round in 1..10 {
+            let (new, old) = (&files[round % 2], &files[1 - round % 2]);
+            assert_eq!(patiently(|| replace(&mut machine, "data", new.path())), Replacement::Done);
+            assert!(is_locked(new));
+            open_disk("x", old);
+            new.as_file().set_len(4096 << round).unwrap();
+            assert_eq!(patiently(|| replace(&mut machine, "data", new.path())), Replacement::Done);
+            let (drive, _) = machine.devices.drive("data").unwrap();
+            assert_eq!(drive.disk.bytes(), 4096 << round);
+            assert!(is_locked(new), "it still is");
+        }
+        // What cannot be used changes nothing.
+        for bad in ["/nowhere", "/dev", "/dev/null"] {
+            assert!(matches!(replace(&mut machine, "data", bad.as_ref()), Err(MachineError::Disk(_))), "{bad}");
+        }
+        files[1].as_file().set_len(0).unwrap();
+        for file in &files {
+            file.as_file().set_len(0).unwrap();
+            let empty = replace(&mut machine, "data", file.path());
+            assert!(matches!(empty, Err(MachineError::Disk(DiskError::Empty { .. }))));
+        }
+        let unknown = replace(&mut machine, "root", files[0].path());
+        assert!(matches!(unknown, Err(MachineError::Plug(PlugError::Unknown(id))) if id == disk("root")));
+        assert!(machine.handle_events().is_empty(), "all is told");
+        if transport == Transport::Pci {
+            machine.unplug(&disk("data")).unwrap();
+            let leaving = replace(&mut machine, "data", files[0].path());
+            assert!(matches!(leaving, Err(MachineError::Plug(PlugError::Leaving(_)))));
+        }
     }
 }

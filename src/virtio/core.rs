@@ -151,6 +151,11 @@ impl VirtioCore {
         &*self.device
     }
 
+    /// What the device tells its driver by.
+    pub fn events(&self) -> &Arc<dyn DeviceEvents> {
+        &self.events
+    }
+
     pub fn registers(&self) -> &SharedRegisters {
         &self.shared
     }

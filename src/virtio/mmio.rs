@@ -8,7 +8,7 @@ use std::sync::Arc;
 use vmm_sys_util::eventfd::EventFd;
 
 use super::core::{SharedRegisters, VirtioCore};
-use super::device::VirtioDevice;
+use super::device::{DeviceEvents, VirtioDevice};
 use super::doorbells::Doorbells;
 use super::signals::{Carrier, Signals, Source};
 use crate::memory::Ram;
@@ -95,6 +95,12 @@ impl VirtioMmio {
         let signals = Arc::new(Signals::new(device.name(), registers.clone(), carrier));
         let core = VirtioCore::new(device, ram, registers, signals)?;
         Ok(Self { core, doorbells, address, listening: false })
+    }
+
+    /// What the device tells its driver by.
+    #[must_use]
+    pub fn events(&self) -> Arc<dyn DeviceEvents> {
+        self.core.events().clone()
     }
 
     pub fn registers_read(&mut self, offset: u64, data: &mut [u8]) {

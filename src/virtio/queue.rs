@@ -230,8 +230,8 @@ impl Virtqueue {
         self.events.config_changed();
     }
 
-    /// Reports a broken ring to the driver. The caller stops using the queue.
-    pub fn broken(&self, error: &RingError) {
+    /// Reports a queue that cannot go on to the driver. The caller stops using the queue.
+    pub fn broken(&self, error: &dyn std::fmt::Display) {
         self.events.needs_reset(&format_args!("queue {}: {error}", self.index));
     }
 }

@@ -60,7 +60,7 @@ impl DiskFile {
         lock: impl FnOnce(&File) -> Result<(), DiskError>,
     ) -> Result<Self, DiskError> {
         let path = path.to_owned();
-        let mut file = match files.open(&HostFile::Disk { path: path.clone(), read_only }) {
+        let file = match files.open(&HostFile::Disk { path: path.clone(), read_only }) {
             Ok(file) => file,
             // What open(2) itself says about the two kinds of file that it refuses.
             Err(error) if error.kind() == io::ErrorKind::IsADirectory => {
@@ -85,15 +85,19 @@ impl DiskFile {
             return Err(DiskError::NotADisk { path, what });
         }
         lock(&file)?;
-        // The size from after the lock: whoever held it may have changed it. A block device has none in its
-        // metadata, but its end can be sought.
-        let size = file.seek(SeekFrom::End(0)).map_err(|source| DiskError::Size { path: path.clone(), source })?;
+        // The size from after the lock: whoever held it may have changed it.
+        let size = size(&file).map_err(|source| DiskError::Size { path: path.clone(), source })?;
         let block_size = match kind.is_block_device() {
             true => rustix::fs::ioctl_blkpbszget(&file).map_or(SECTOR, u64::from),
             false => metadata.blksize(),
         };
         Ok(Self { file, size, block_size })
     }
+}
+
+/// A file's size in bytes. A block device has none in its metadata, but its end can be sought.
+pub fn size(mut file: &File) -> io::Result<u64> {
+    file.seek(SeekFrom::End(0))
 }
 
 /// Who has a disk.

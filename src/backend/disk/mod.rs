@@ -11,7 +11,7 @@ pub mod uring;
 
 use std::fs::File;
 use std::io;
-use std::os::fd::BorrowedFd;
+use std::os::fd::{AsFd, BorrowedFd};
 use std::path::{Path, PathBuf};
 use std::sync::Arc;
 
@@ -72,6 +72,10 @@ impl Disk {
             }
             (size, block_size, Format::Raw(Raw::new(file)))
         };
+        Self::new(path, read_only, size, block_size, opened)
+    }
+
+    fn new(path: &Path, read_only: bool, size: u64, block_size: u64, format: Format) -> Result<Self, DiskError> {
         let bytes = size - size % SECTOR;
         if bytes == 0 {
             return Err(DiskError::Empty { path: path.to_owned() });
@@ -83,7 +87,24 @@ impl Disk {
                 size % SECTOR
             );
         }
-        Ok(Self { path: path.to_owned(), read_only, bytes, block_size, format: opened })
+        Ok(Self { path: path.to_owned(), read_only, bytes, block_size, format })
+    }
+
+    /// This disk with the size that its file has now, if it is what lies at `path`; `None` if that is another file, or
+    /// this one is not raw. Both share the lock.
+    ///
+    /// # Errors
+    /// As [`Self::open`].
+    pub fn with_size_of_now(&self, files: &dyn HostFiles, path: &Path) -> Result<Option<Self>, DiskError> {
+        let Format::Raw(raw) = &self.format else { return Ok(None) };
+        let failed = |source| DiskError::Open { path: path.to_owned(), source };
+        let there = files.open(&HostFile::Disk { path: path.to_owned(), read_only: self.read_only }).map_err(failed)?;
+        if !is_same_file(raw.file(), there.as_fd()).map_err(failed)? {
+            return Ok(None);
+        }
+        let file = File::from(raw.file().try_clone_to_owned().map_err(failed)?);
+        let size = file::size(&file).map_err(|source| DiskError::Size { path: path.to_owned(), source })?;
+        Self::new(path, self.read_only, size, self.block_size, Format::Raw(Raw::new(file))).map(Some)
     }
 
     /// What has to be called at the VM's end, for formats that keep something in memory.
@@ -132,11 +153,9 @@ impl Disk {
     /// # Errors
     /// The host's; `Unsupported` where [`Self::raw_file`] has none, `NotFound` if another file has taken its place.
     pub fn open_again(&self, files: &dyn HostFiles) -> io::Result<File> {
-        let ours = rustix::fs::fstat(self.raw_file().ok_or(io::ErrorKind::Unsupported)?)?;
+        let ours = self.raw_file().ok_or(io::ErrorKind::Unsupported)?;
         let file = files.open(&HostFile::Disk { path: self.path.clone(), read_only: self.read_only })?;
-        let theirs = rustix::fs::fstat(&file)?;
-        let same = (ours.st_dev, ours.st_ino, ours.st_rdev) == (theirs.st_dev, theirs.st_ino, theirs.st_rdev);
-        if same { Ok(file) } else { Err(io::ErrorKind::NotFound.into()) }
+        if is_same_file(ours, file.as_fd())? { Ok(file) } else { Err(io::ErrorKind::NotFound.into()) }
     }
 
     /// Can the host tell which reads would have to wait? Asks it.
@@ -224,6 +243,11 @@ impl Disk {
     }
 }
 
+fn is_same_file(one: BorrowedFd<'_>, other: BorrowedFd<'_>) -> io::Result<bool> {
+    let (one, other) = (rustix::fs::fstat(one)?, rustix::fs::fstat(other)?);
+    Ok((one.st_dev, one.st_ino, one.st_rdev) == (other.st_dev, other.st_ino, other.st_rdev))
+}
+
 /// Brings a disk to rest while its device still has it.
 #[derive(Clone)]
 pub struct DiskCloser {
@@ -241,4 +265,4 @@ impl DiskCloser {
 }
 
 #[cfg(test)]
-mod tests;
+pub(crate) mod tests;

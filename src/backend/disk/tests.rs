@@ -11,6 +11,21 @@ use vm_memory::{Bytes, GuestAddress};
 /// this for itself; a test that looks at locks shares it.
 pub static STARTING_PROGRAMS: RwLock<()> = RwLock::new(());
 
+/// Opens what nobody else has locked. A program that another test starts has our locks too, for a moment: they are not
+/// held against us.
+pub fn patiently<T, E: Into<Box<dyn std::error::Error>>>(mut open: impl FnMut() -> Result<T, E>) -> T {
+    for _ in 0..1000 {
+        match open().map_err(Into::into) {
+            Ok(opened) => return opened,
+            Err(error) if error.to_string().ends_with("is in use already") => {
+                std::thread::sleep(std::time::Duration::from_millis(5));
+            }
+            Err(error) => panic!("{error}"),
+        }
+    }
+    panic!("it is locked for good");
+}
+
 fn open(path: &Path, read_only: bool) -> Result<Disk, DiskError> {
     Disk::open(&OpenDirectly, path, read_only)
 }

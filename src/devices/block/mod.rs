@@ -2,6 +2,7 @@
 
 mod request;
 mod sync;
+mod tray;
 mod uring;
 
 use std::io;
@@ -13,6 +14,7 @@ use zerocopy::{FromZeros, Immutable, IntoBytes, little_endian as le};
 
 use self::request::{MAX_DISCARD_RANGES, MAX_DISCARD_SECTORS, MAX_ZEROES_RANGES, MAX_ZEROES_SECTORS};
 pub(crate) use self::sync::SyncEngine;
+pub use self::tray::{Change, Tray};
 use self::uring::{Pending, UringEngine};
 use super::front::{Front, QueueServer};
 use super::worker::{Engine, Worker};
@@ -30,7 +32,7 @@ const MAX_SEGMENTS: u32 = QUEUE_SIZE as u32 - 2;
 const ID_BYTES: usize = blk::VIRTIO_BLK_ID_BYTES as usize;
 
 /// `struct virtio_blk_config`, to the end of what we offer.
-#[derive(FromZeros, IntoBytes, Immutable)]
+#[derive(Clone, Copy, FromZeros, IntoBytes, Immutable)]
 #[repr(C)]
 struct Config {
     capacity: le::U64,
@@ -104,24 +106,32 @@ impl Rings {
     }
 }
 
+/// A device, and where its disk is put in.
+pub struct BlockDevice {
+    pub front: Front,
+    pub tray: Tray,
+}
+
 /// Makes the device, and its threads: with a ring for each queue, or with none. All queues share the limiter.
 pub fn device(
     name: String,
-    disk: Arc<Disk>,
+    disk: &Arc<Disk>,
     mut rings: Rings,
     options: BlockOptions<'_>,
     limiter: Arc<Limiter>,
-) -> io::Result<Front> {
-    let (features, config) = offer(&disk, options);
+) -> io::Result<BlockDevice> {
+    let (features, config) = offer(disk, options);
     let id = padded_id(options.id, disk.path());
+    let mut tray = Tray::new(name.clone(), id, options.cache, limiter, config);
     let mut serve = |index| -> io::Result<Box<dyn QueueServer>> {
-        let sync = SyncEngine::new(name.clone(), disk.clone(), id, options.cache, limiter.clone());
-        let engine = rings.engine(index, sync);
         let thread = if options.queues == 1 { name.clone() } else { format!("{name}.{index}") };
-        Ok(Box::new(Worker::spawn(&thread, engine, &[(index, QUEUE_SIZE)])?))
+        let worker = Worker::spawn(&thread, tray.engine(index, disk, &mut rings), &[(index, QUEUE_SIZE)])?;
+        tray.serve(worker.line());
+        Ok(Box::new(worker))
     };
     let servers = (0..options.queues).map(&mut serve).collect::<io::Result<_>>()?;
-    Ok(Front::new(DeviceKind::Block, name, features, config.as_bytes().to_vec(), servers))
+    let front = Front::new(DeviceKind::Block, name, features, tray.config(), servers);
+    Ok(BlockDevice { front, tray })
 }
 
 /// What the driver is told about the disk: features, and the configuration space.

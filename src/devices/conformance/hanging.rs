@@ -59,3 +59,34 @@ fn it_can_be_asked_to_stop() {
     drop(hung);
     assert_eq!(device.stop_queue(0).unwrap().next_used, 2);
 }
+
+#[test]
+fn another_engine_waits_for_it_and_nobody_else_does() {
+    let (begun, requests) = mpsc::sync_channel(8);
+    let gate = Arc::<Mutex<()>>::default();
+    let engine = || Box::new(Hanging { begun: begun.clone(), gate: gate.clone() });
+    let worker = Worker::spawn("hanging", engine(), &[(0, 64)]).unwrap();
+    let line = worker.line();
+    let mut device = Front::new(DeviceKind::Rng, "hanging".into(), feature::RING, Vec::new(), vec![Box::new(worker)]);
+    let mut ring = Ring::new(&memory(), 0, 64, feature::VERSION_1);
+    for slot in 0..2 {
+        ring.chain(slot, &[readable(0x10_0000, 16)], false);
+        ring.publish(slot);
+    }
+    let hung = gate.lock().unwrap();
+    ring.start(&mut device, None);
+    requests.recv().unwrap();
+    let (moved, movements) = mpsc::sync_channel(8);
+    line.exchange(engine(), Box::new(move || moved.send(()).unwrap())).unwrap();
+    assert!(movements.try_recv().is_err());
+    assert_eq!(device.stop_queue_within(0, Duration::ZERO), Err(StillBusy), "in the meantime it can be asked to stop");
+    drop(hung);
+    movements.recv().unwrap();
+    let state = device.stop_queue(0).unwrap();
+    assert_eq!((state.next_avail, state.next_used), (1, 1));
+    ring.start(&mut device, Some(state));
+    requests.recv().unwrap();
+    assert_eq!(ring.wait_used(2).len(), 2);
+    drop(device);
+    assert!(line.exchange(engine(), Box::new(|| ())).is_err(), "there is no thread any more");
+}

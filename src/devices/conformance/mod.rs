@@ -8,6 +8,7 @@ mod net;
 mod pairs;
 mod random;
 pub mod specimens;
+mod tray;
 mod user;
 
 use driver::{INDIRECT, NEXT, Ring, WRITE, memory};

@@ -9,9 +9,10 @@ use tempfile::NamedTempFile;
 use vm_memory::{Bytes, GuestAddress};
 
 use super::driver::{Buffer, readable, writable};
+use crate::backend::disk::tests::patiently;
 use crate::backend::{Disk, Limiter, OpenDirectly, Passt, Tap};
 use crate::config::{CacheMode, IoEngine, RateLimits, TokenBucket};
-use crate::devices::block::{BlockOptions, Rings, SyncEngine};
+use crate::devices::block::{BlockDevice, BlockOptions, Rings, SyncEngine};
 use crate::devices::net::{Card, NetLimiters, NetOptions, PairEngine, UserEngine};
 use crate::devices::rng::RngEngine;
 use crate::devices::worker::Engine;
@@ -127,12 +128,15 @@ impl DiskRequests {
 
     pub fn open(&self, read_only: bool) -> Arc<Disk> {
         // The lock of a device that has just been dropped is gone with its thread.
-        Arc::new(Disk::open(&OpenDirectly, self.file.path(), read_only).unwrap())
+        Arc::new(patiently(|| Disk::open(&OpenDirectly, self.file.path(), read_only)))
     }
 
     pub fn device_with(&self, read_only: bool, options: BlockOptions<'_>) -> Front {
-        let disk = self.open(read_only);
-        let rings = self.engine.rings(&disk, options.queues);
+        self.device_over(&self.open(read_only), options).front
+    }
+
+    pub fn device_over(&self, disk: &Arc<Disk>, options: BlockOptions<'_>) -> BlockDevice {
+        let rings = self.engine.rings(disk, options.queues);
         block::device("block0".into(), disk, rings, options, self.limiter.clone()).unwrap()
     }
 

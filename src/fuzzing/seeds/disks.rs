@@ -9,6 +9,7 @@ use vm_memory::GuestAddress;
 
 use super::{plant, sparse, sparse_bytes};
 use crate::backend::disk::qcow2::Qcow2;
+use crate::backend::disk::tests::patiently;
 use crate::backend::disk::tools::create;
 use crate::backend::{Disk, OpenDirectly};
 use crate::config::{Backing, DiskFormat, Image};
@@ -22,7 +23,7 @@ const SIZE: u64 = 1 << 20;
 
 fn open(path: &Path, backing: &[Backing]) -> Disk {
     let image = Image { format: Some(DiskFormat::Qcow2), backing: backing.to_vec() };
-    Disk::open_image(&OpenDirectly, path, false, &image).unwrap()
+    patiently(|| Disk::open_image(&OpenDirectly, path, false, &image))
 }
 
 fn write(disk: &Disk) {

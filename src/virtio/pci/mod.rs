@@ -26,7 +26,7 @@ pub use self::msix::MsiMessage;
 use self::msix::{MsixCarrier, MsixTable};
 use self::window::Window;
 use super::core::{SharedRegisters, VirtioCore};
-use super::device::{DeviceKind, VirtioDevice};
+use super::device::{DeviceEvents, DeviceKind, VirtioDevice};
 use super::doorbells::Doorbells;
 use super::signals::Signals;
 use crate::memory::Ram;
@@ -95,6 +95,12 @@ impl VirtioPci {
         add_capabilities(&mut config, vectors as u16);
         let window = Window::add_to(&mut config);
         Ok(Self { config, window, core, signals, msix, host, doorbells: None })
+    }
+
+    /// What the device tells its driver by.
+    #[must_use]
+    pub fn events(&self) -> Arc<dyn DeviceEvents> {
+        self.core.events().clone()
     }
 
     /// Reads the configuration space; through the window in it, what is in the BAR.

@@ -1,0 +1,101 @@
+//! A disk that is part of a machine, and another file instead of its own.
+
+use std::path::Path;
+use std::sync::Arc;
+use std::time::Duration;
+
+use super::error::MachineError;
+use super::events::EventQueue;
+use super::{DeviceId, Machine, Notice};
+use crate::backend::disk::DiskCloser;
+use crate::backend::{Disk, HostFiles};
+use crate::config::{DiskConfig, Image};
+use crate::devices::block::{Change, Rings, Tray};
+use crate::virtio::DeviceEvents;
+
+/// How long [`Machine::replace_disk`] waits for requests in flight.
+const PATIENCE: Duration = Duration::from_millis(200);
+
+/// What the owner of a machine has of a disk.
+pub struct Drive {
+    pub config: DiskConfig,
+    pub disk: Arc<Disk>,
+    pub tray: Tray,
+    /// Under way, or not told of yet.
+    pub change: Option<Arc<Change>>,
+}
+
+impl Drive {
+    /// Opens another file and has the device go on with it.
+    fn replace(
+        &mut self,
+        path: &Path,
+        image: &Image,
+        host: &dyn HostFiles,
+        driver: &Arc<dyn DeviceEvents>,
+        owner: Arc<EventQueue>,
+    ) -> Result<(), MachineError> {
+        let same = if *image == Image::default() { self.disk.with_size_of_now(host, path)? } else { None };
+        let disk = match same {
+            Some(disk) => disk,
+            None => Disk::open_image(host, path, self.config.read_only, image)?,
+        };
+        let disk = Arc::new(disk);
+        let rings = Rings::new(&disk, host, self.config.engine, self.config.queues)?;
+        let old = std::mem::replace(&mut self.disk, disk);
+        let told = Box::new(move || owner.look());
+        self.change = Some(self.tray.change(old, &self.disk, rings, driver.clone(), told));
+        Ok(())
+    }
+
+    /// Has a replacement come to its end since the last call?
+    pub fn has_been_replaced(&mut self) -> bool {
+        self.change.take_if(|change| change.is_done_within(Duration::ZERO)).is_some()
+    }
+
+    /// What has to be called when the VM has ended, if there is something.
+    pub fn closer(&self) -> Option<DiskCloser> {
+        self.disk.closer()
+    }
+}
+
+/// How far a replacement has come.
+#[derive(Debug, Clone, Copy, PartialEq, Eq)]
+pub enum Replacement {
+    Done,
+    /// [`Notice::Replaced`] will tell when it is complete.
+    UnderWay,
+}
+
+impl Machine {
+    /// Puts another file behind a disk, with the disk's own settings, and tells the guest the new capacity. A raw disk may
+    /// get its own file again: then the size of the file is looked at anew.
+    ///
+    /// Requests that are in flight end on the old file, which is flushed then and let go. That is waited for, but not for
+    /// a request that hangs with its host.
+    ///
+    /// # Errors
+    /// When the VM does not run, there is no such disk, or the file cannot be used: then all is as it was.
+    pub fn replace_disk(
+        &mut self,
+        id: &str,
+        path: &Path,
+        image: &Image,
+        host: &dyn HostFiles,
+    ) -> Result<Replacement, MachineError> {
+        self.check_started("to replace a disk")?;
+        let (drive, driver) = self.devices.drive(id)?;
+        drive.replace(path, image, host, driver, self.events.clone())?;
+        let waited = drive.change.take_if(|change| change.is_done_within(PATIENCE));
+        Ok(if waited.is_some() { Replacement::Done } else { Replacement::UnderWay })
+    }
+
+    /// Takes in replacements that took longer.
+    pub(super) fn follow_replacements(&mut self, notices: &mut Vec<Notice>) {
+        let replaced = self.devices.take_replaced().filter_map(|id| match id {
+            DeviceId::Disk(id) => Some(Notice::Replaced(id.clone())),
+            DeviceId::Nic(_) => None,
+        });
+        notices.extend(replaced);
+    }
+}
