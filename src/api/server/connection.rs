@@ -147,10 +147,7 @@ impl Connection {
                 (self.out, self.ahead) = (Vec::new(), Vec::new());
                 Ok(())
             }
-            Phase::Streaming(stream) if hung_up => {
-                stream.close();
-                Err(Gone)
-            }
+            Phase::Streaming(_) if hung_up => Err(Gone),
             Phase::Draining(_) => self.drain(scratch),
             _ => self.flush(),
         }

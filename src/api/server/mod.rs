@@ -75,6 +75,8 @@ pub struct Server<S> {
     next_id: u64,
     /// Is the listener watched?
     accepts: bool,
+    /// Has it been said that clients cannot be accepted?
+    said: bool,
     scratch: Vec<u8>,
 }
 
@@ -124,6 +126,7 @@ impl<S: Service> Server<S> {
             connections,
             next_id: FIRST_CONNECTION,
             accepts: true,
+            said: false,
             scratch: Vec::new(),
         };
         let thread = std::thread::Builder::new().name(thread_name.to_owned()).spawn(move || server.run())?;
@@ -231,10 +234,15 @@ impl<S: Service> Server<S> {
 
     fn accept(&mut self) {
         let socket = match rustix::net::accept_with(&self.listener, SocketFlags::CLOEXEC) {
-            Ok(socket) => socket,
+            Ok(socket) => {
+                self.said = false;
+                socket
+            }
             Err(Errno::AGAIN | Errno::INTR | Errno::CONNABORTED) => return,
             Err(error) => {
-                tracing::warn!("a client of the API cannot be accepted: {error}");
+                if !std::mem::replace(&mut self.said, true) {
+                    tracing::warn!("a client of the API cannot be accepted yet: {error}");
+                }
                 // It would be announced for ever.
                 return self.accept_again(false);
             }

@@ -212,6 +212,9 @@ pub enum Mail {
 pub struct Post {
     bell: EventFd,
     inbox: Mutex<Inbox>,
+    /// How often the server has slept.
+    #[cfg(test)]
+    pub sleeps: std::sync::atomic::AtomicU32,
 }
 
 #[derive(Default)]
@@ -234,7 +237,12 @@ pub enum Next {
 
 impl Post {
     pub fn new() -> std::io::Result<Self> {
-        Ok(Self { bell: EventFd::new(EFD_NONBLOCK | EFD_CLOEXEC)?, inbox: Mutex::default() })
+        Ok(Self {
+            bell: EventFd::new(EFD_NONBLOCK | EFD_CLOEXEC)?,
+            inbox: Mutex::default(),
+            #[cfg(test)]
+            sleeps: std::sync::atomic::AtomicU32::new(0),
+        })
     }
 
     /// Rings (edge-triggered) when the server sleeps and has to do something.
@@ -285,6 +293,8 @@ impl Post {
     /// The server looks for letters before it sleeps again: no bell is needed.
     pub fn awake(&self) {
         self.lock().asleep = false;
+        #[cfg(test)]
+        self.sleeps.fetch_add(1, std::sync::atomic::Ordering::Relaxed);
     }
 }
 
