@@ -4,7 +4,8 @@
 //! the bottom, and a room uses only rooms below it (`config` and `observe` are open to all):
 //!
 //! - [`cli`]: one file per verb; parse, call, render
-//! - [`api`]: HTTP on a unix socket: the server, its parser, and a client for the command line
+//! - [`api`]: HTTP on a unix socket: Firecracker's API, and ours below `/v2`
+//! - [`control`]: what a client may ask of a VM, and the owner that does it
 //! - [`machine`]: a running VM; the builder, the lifecycle, the one owner of it all
 //! - [`kernels`]: kernels of distributions, imported once and booted by name
 //! - [`boot`]: from a kernel file to the first instruction
@@ -25,6 +26,7 @@ pub mod backend;
 pub mod boot;
 pub mod cli;
 pub mod config;
+pub mod control;
 pub mod cpu;
 pub mod devices;
 #[cfg(any(test, feature = "fuzzing"))]

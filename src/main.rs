@@ -4,8 +4,13 @@ use std::process::ExitCode;
 use std::time::Instant;
 
 fn main() -> ExitCode {
-    if tranche::guest_init::is_wanted(std::env::args_os().next().as_deref()) {
+    let name = std::env::args_os().next();
+    if tranche::guest_init::is_wanted(name.as_deref()) {
         return tranche::guest_init::main();
     }
-    tranche::cli::main(Instant::now())
+    let start = Instant::now();
+    if tranche::cli::firecracker::is_wanted(name.as_deref()) {
+        return tranche::cli::firecracker::main(start);
+    }
+    tranche::cli::main(start)
 }

@@ -2,8 +2,14 @@
 //!
 //! - [`http`]: requests and answers, and the parser that reads requests out of hostile bytes
 //! - [`server`]: one thread that serves up to ten clients and never waits for any of them
+//! - [`service`]: which of the two APIs a request is for: [`firecracker`]'s, or ours ([`v2`])
+//! - `openapi`: both of them, described
 //! - [`client`]: a small blocking client, for the command line
 
 pub mod client;
+pub mod firecracker;
 pub mod http;
+mod openapi;
 pub mod server;
+pub mod service;
+pub mod v2;

@@ -27,6 +27,8 @@ pub enum HostFile {
     VhostNet,
     /// A file the serial port writes to: created, or emptied.
     SerialOutput(PathBuf),
+    /// A file that lines are added to: created, or continued.
+    Log(PathBuf),
 }
 
 impl fmt::Display for HostFile {
@@ -35,7 +37,7 @@ impl fmt::Display for HostFile {
             Self::Kvm => f.write_str("/dev/kvm"),
             Self::Tun => f.write_str("/dev/net/tun"),
             Self::VhostNet => f.write_str("/dev/vhost-net"),
-            Self::BootFile(path) | Self::SerialOutput(path) | Self::Disk { path, .. } => {
+            Self::BootFile(path) | Self::SerialOutput(path) | Self::Log(path) | Self::Disk { path, .. } => {
                 write!(f, "{}", path.display())
             }
         }
@@ -74,6 +76,10 @@ impl HostFiles for OpenDirectly {
             HostFile::BootFile(path) => options.read(true).custom_flags(libc::O_NONBLOCK).open(path),
             HostFile::Disk { path, read_only } => {
                 options.read(true).write(!read_only).custom_flags(libc::O_NONBLOCK).open(path)
+            }
+            // A FIFO's reader may come later, and lines get lost until then.
+            HostFile::Log(path) => {
+                options.read(true).append(true).create(true).custom_flags(libc::O_NONBLOCK).open(path)
             }
             HostFile::SerialOutput(path) => {
                 options.write(true).create(true).truncate(true).custom_flags(libc::O_NONBLOCK);

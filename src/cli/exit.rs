@@ -49,12 +49,17 @@ pub enum Exit {
     PackageUnusable = 63,
     KernelLibrary = 64,
     KernelBundleDamaged = 65,
+    ApiRefused = 70,
+    NoApi = 71,
+    ApiSocket = 72,
+    Description = 73,
 }
 
 pub const HELP: &str = "\
 Exit status: 0 the guest powered off, 3 it reset, 4 its kernel panicked, 5 it was stopped from outside,
 6 a vCPU could not go on; 1 an internal error, 2 wrong usage, 10 to 12 KVM, 20 to 26 kernel, initrd and
-command line, 30 to 35 disks, 40 to 42 taps and vhost, 50 the serial port, 60 to 65 imported kernels.
+command line, 30 to 35 disks, 40 to 42 taps and vhost, 50 the serial port, 60 to 65 imported kernels,
+70 to 73 the API and descriptions of VMs.
 See docs/exit-codes.md.";
 
 impl From<&End> for Exit {
@@ -183,6 +188,12 @@ pub fn report_with(error: &dyn Error, exit: Exit, hint: Option<String>) -> Exit 
     }
     say(&text.replace(|c: char| c.is_control() && c != '\n', "?"));
     exit
+}
+
+/// An error with its causes, in one line.
+pub fn one_line(error: &dyn Error) -> String {
+    let causes = std::iter::successors(error.source(), |&e| e.source()).map(ToString::to_string);
+    std::iter::once(error.to_string()).chain(causes).collect::<Vec<_>>().join(": ")
 }
 
 /// Writes to standard output, as far as somebody listens.

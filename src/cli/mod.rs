@@ -1,14 +1,20 @@
 //! The command line: one file per verb; parse, call, render. No VM logic.
 
+mod api;
+mod api_socket;
 mod console;
 mod disk;
 mod escape;
 mod exit;
+pub mod firecracker;
 mod kernel;
 mod run;
+mod serve;
 mod signals;
+mod start_error;
 mod table;
 mod terminal;
+mod vmm;
 
 use std::process::ExitCode;
 use std::time::Instant;
@@ -28,6 +34,14 @@ struct Cli {
 #[derive(Debug, Subcommand)]
 enum Verb {
     Run(Box<run::RunArgs>),
+    Vmm(vmm::VmmArgs),
+    Api(api::ApiArgs),
+    /// Pause a VM: its vCPUs stop where they are
+    Pause(api::SocketArgs),
+    /// Let a paused VM go on
+    Resume(api::SocketArgs),
+    /// Start a VM, press its power button, reset it, or end it
+    Power(api::PowerArgs),
     #[command(subcommand)]
     Kernel(kernel::KernelVerb),
     /// Make disks, look at them, resize, mend and copy them
@@ -46,6 +60,11 @@ pub fn main(start: Instant) -> ExitCode {
     share_one_heap();
     match Cli::parse().verb {
         Verb::Run(args) => run::run(*args, start),
+        Verb::Vmm(args) => vmm::run(args, start),
+        Verb::Api(args) => api::api(&args),
+        Verb::Pause(args) => api::pause(&args),
+        Verb::Resume(args) => api::resume(&args),
+        Verb::Power(args) => api::power(&args),
         Verb::Kernel(verb) => kernel::run(verb),
         Verb::Disk(args) => disk::run(args),
     }

@@ -9,16 +9,18 @@ use std::time::Instant;
 
 use clap::{Args, ValueEnum};
 use tracing::Level;
-use vmm_sys_util::epoll::{ControlOperation, Epoll, EpollEvent, EventSet};
 
-use super::console::{Console, Input};
-use super::escape::Action;
+use super::api_socket::ApiSocket;
+use super::console::Console;
 use super::exit::{self, Exit};
+use super::serve::{OnSignal, Served, serve};
 use super::signals::Signals;
+use super::start_error::StartError;
 use crate::backend::{HostFiles, OpenDirectly};
 use crate::config::{DiskConfig, EntropyConfig, MemorySize, NetConfig, SerialConfig, Transport, VmConfig};
+use crate::control::{Identity, Owner};
 use crate::kernels::{Bundle, KernelsError, Library};
-use crate::machine::{End, Machine, MachineError, Parts, State};
+use crate::machine::{End, Machine, MachineError, Parts};
 use crate::memory::release_startup_code;
 use crate::observe::{Timeline, init_log};
 
@@ -72,6 +74,10 @@ pub struct RunArgs {
     #[arg(long, value_name = "stdio|null|file=PATH|socket=PATH", default_value = "stdio")]
     serial: SerialConfig,
 
+    /// Serve the API on a unix socket (see docs/api.md); a socket that nobody listens on any more is replaced
+    #[arg(long, value_name = "PATH")]
+    api_sock: Option<PathBuf>,
+
     /// What to log on standard error
     #[arg(long, value_name = "LEVEL", default_value = "warn")]
     log_level: LogLevel,
@@ -82,7 +88,7 @@ pub struct RunArgs {
 }
 
 #[derive(Debug, Clone, Copy, ValueEnum)]
-enum LogLevel {
+pub enum LogLevel {
     Off,
     Error,
     Warn,
@@ -140,16 +146,18 @@ pub fn run(args: RunArgs, start: Instant) -> ExitCode {
     init_log(args.log_level.into());
     let timeline = Arc::new(Timeline::from(start));
     let print_timeline = args.boot_timeline;
+    let api_sock = args.api_sock.clone();
     let config = match args.into_config() {
         Ok(config) => config,
         Err(error) => return ExitCode::from(exit::report_kernels(&error) as u8),
     };
-    let exit = match run_to_end(&config, &OpenDirectly, &timeline) {
+    let host: Arc<dyn HostFiles> = Arc::new(OpenDirectly);
+    let exit = match run_to_end(&config, api_sock.as_deref(), &host, &timeline) {
         Ok(end) => {
             tell(&end);
             Exit::from(&end)
         }
-        Err(error) => exit::report(&error),
+        Err(error) => error.report(),
     };
     if print_timeline {
         exit::say(&timeline.to_string());
@@ -159,7 +167,7 @@ pub fn run(args: RunArgs, start: Instant) -> ExitCode {
 }
 
 /// One line on standard error for an end that is not simply a power-off.
-fn tell(end: &End) {
+pub fn tell(end: &End) {
     match end {
         End::PowerOff => tracing::info!("the guest powered off"),
         End::Reset => exit::say("tranche: the guest reset itself\n"),
@@ -170,113 +178,29 @@ fn tell(end: &End) {
 }
 
 /// Builds, starts and serves the machine. The terminal is as it was when this returns.
-fn run_to_end(config: &VmConfig, host: &dyn HostFiles, timeline: &Arc<Timeline>) -> Result<End, MachineError> {
+fn run_to_end(
+    config: &VmConfig,
+    api_sock: Option<&Path>,
+    host: &Arc<dyn HostFiles>,
+    timeline: &Arc<Timeline>,
+) -> Result<End, StartError> {
     let resources = |what| move |source: io::Error| MachineError::Host { what, source };
     let mut signals = Signals::block().map_err(resources("listen to signals"))?;
-    let machine = Machine::build(Parts::open(config, host)?, host, timeline)?;
+    let listener = api_sock.map(|path| ApiSocket::listen(path, &**host)).transpose()?;
+    let machine = Machine::build(Parts::open(config, &**host)?, &**host, timeline)?;
     // Only now, as an error has to find the terminal as it was.
-    let mut console = Console::open(&config.serial, host).map_err(|source| match &config.serial {
+    let mut console = Console::open(&config.serial, &**host).map_err(|source| match &config.serial {
         SerialConfig::Socket(path) => MachineError::Serial { path: path.clone(), source },
         _ => MachineError::Host { what: "use the terminal", source },
     })?;
-    // Never dropped: a vCPU may hang on a console that nobody reads, and the process ends anyway.
-    let mut machine = std::mem::ManuallyDrop::new(machine);
-    machine.start()?;
+    let mut owner =
+        Owner::new(Identity::tranche(config.transport), host.clone(), config.serial.clone(), timeline.clone());
+    owner.adopt(machine, config)?;
+    let api = listener.map(ApiSocket::serve).transpose().map_err(resources("serve the API"))?;
     release_startup_code();
-    let end = serve(&mut machine, &mut console, &mut signals).map_err(resources("wait for events"));
-    machine.close_disks();
-    end
-}
-
-const MACHINE: u64 = 0;
-const SIGNALS: u64 = 1;
-const ROOM: u64 = 2;
-const LISTENER: u64 = 3;
-const INPUT: u64 = 4;
-
-/// How long to wait until a guest that was just writing may take input.
-const BUSY_MS: i32 = 10;
-
-fn serve(machine: &mut Machine, console: &mut Console, signals: &mut Signals) -> io::Result<End> {
-    let epoll = Epoll::new()?;
-    let watch = |fd, token| epoll.ctl(ControlOperation::Add, fd, EpollEvent::new(EventSet::IN, token));
-    watch(machine.events_fd(), MACHINE)?;
-    watch(signals.fd(), SIGNALS)?;
-    watch(std::os::fd::AsRawFd::as_raw_fd(machine.serial().room()), ROOM)?;
-    if let Some(fd) = console.listener_fd() {
-        // By edges: a client that cannot be accepted, for want of descriptors, must not wake us for ever.
-        epoll.ctl(ControlOperation::Add, fd, EpollEvent::new(EventSet::IN | EventSet::EDGE_TRIGGERED, LISTENER))?;
-    }
-    let mut input = InputWatch::default();
-    let mut presses = 0;
-    loop {
-        let ready = input.follow(console.input(), &epoll)?;
-        let timeout = if ready {
-            0
-        } else if console.is_busy() {
-            BUSY_MS
-        } else {
-            -1
-        };
-        let mut events = [EpollEvent::default(); 8];
-        let count = match epoll.wait(timeout, &mut events) {
-            Err(error) if error.kind() == io::ErrorKind::Interrupted => 0,
-            result => result?,
-        };
-        if count == 0 && console.is_busy() {
-            console.push(machine.serial());
-        }
-        let from_poll = events[..count].iter().map(EpollEvent::data);
-        for token in from_poll.chain(ready.then_some(INPUT)) {
-            match token {
-                MACHINE => drop(machine.handle_events()),
-                SIGNALS => {
-                    for _ in 0..signals.take() {
-                        presses += 1;
-                        if presses == 1 { machine.press_power_button() } else { machine.kill() }
-                    }
-                }
-                ROOM => {
-                    let _ = machine.serial().room().read();
-                    console.push(machine.serial());
-                }
-                LISTENER => console.accept(machine.serial()),
-                _ => {
-                    if console.read_input(machine.serial()) == Some(Action::Quit) {
-                        machine.kill();
-                    }
-                }
-            }
-        }
-        if let State::Ended(end) = machine.state() {
-            return Ok(end.clone());
-        }
-    }
-}
-
-/// Keeps epoll's view of the input in step with the console's. Files and /dev/null cannot be polled: they are
-/// always ready.
-#[derive(Default)]
-struct InputWatch {
-    watched: Option<Input>,
-}
-
-impl InputWatch {
-    /// Returns whether the input is to be read without waiting.
-    fn follow(&mut self, wanted: Option<Input>, epoll: &Epoll) -> io::Result<bool> {
-        if wanted == self.watched {
-            return Ok(false);
-        }
-        if let Some(old) = self.watched.take() {
-            // It fails for a client that another one has replaced: closed everywhere, it has left by itself.
-            let _ = epoll.ctl(ControlOperation::Delete, old.fd, EpollEvent::default());
-        }
-        let Some(new) = wanted else { return Ok(false) };
-        match epoll.ctl(ControlOperation::Add, new.fd, EpollEvent::new(EventSet::IN, INPUT)) {
-            Ok(()) => self.watched = wanted,
-            Err(error) if error.kind() == io::ErrorKind::PermissionDenied => return Ok(true),
-            Err(error) => return Err(error),
-        }
-        Ok(false)
+    let served = serve(owner, &mut console, &mut signals, OnSignal::PowerButton, api);
+    match served.map_err(resources("wait for events"))? {
+        Served::Ended(end) => Ok(end),
+        Served::Signal(_) => Ok(End::Killed),
     }
 }

@@ -36,15 +36,31 @@ impl Signals {
         Ok(Self(unsafe { File::from_raw_fd(fd) }))
     }
 
-    /// How many came since the last call.
-    pub fn take(&mut self) -> usize {
+    /// The number of one that came.
+    pub fn next(&mut self) -> Option<libc::c_int> {
         let mut info = [0; size_of::<libc::signalfd_siginfo>()];
-        std::iter::from_fn(|| self.0.read(&mut info).ok()).count()
+        self.0.read_exact(&mut info).ok()?;
+        // `ssi_signo`, the first member.
+        let number = info.first_chunk().map(|bytes| u32::from_ne_bytes(*bytes))?;
+        libc::c_int::try_from(number).ok()
     }
 
     pub fn fd(&self) -> RawFd {
         self.0.as_raw_fd()
     }
+}
+
+/// Ends the process as `signal` does to one that does not care.
+pub fn die_of(signal: libc::c_int) -> ! {
+    // SAFETY: a disposition without a handler, and a signal to this process; the set is made from it alone.
+    unsafe {
+        libc::signal(signal, libc::SIG_DFL);
+        if let Ok(set) = create_sigset(&[signal]) {
+            libc::sigprocmask(libc::SIG_UNBLOCK, &raw const set, std::ptr::null_mut());
+        }
+        libc::raise(signal);
+    }
+    std::process::exit(128 + signal)
 }
 
 fn is_ignored(signal: libc::c_int) -> bool {
@@ -70,7 +86,7 @@ mod tests {
             // SAFETY: the thread is this one; the signals are blocked, or ignored.
             unsafe { libc::pthread_kill(libc::pthread_self(), signal) };
         }
-        assert_eq!(signals.take(), 1);
+        assert_eq!((signals.next(), signals.next()), (Some(libc::SIGTERM), None));
         // SAFETY: as above.
         unsafe { libc::signal(libc::SIGHUP, before) };
     }

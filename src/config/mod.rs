@@ -1,6 +1,7 @@
 //! What a VM is: plain data with defaults, units and validation.
 
 mod limits;
+pub mod firecracker;
 mod options;
 mod units;
 

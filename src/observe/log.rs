@@ -1,56 +1,153 @@
-//! Log lines on standard error: `tranche: warning: text`, one write each.
+//! Log lines, one write each: `tranche: warning: text` on standard error, or as Firecracker writes them.
+//!
+//! Where they go, how they look and which are written can change while the program runs.
 
 use std::fmt::{self, Write as _};
-use std::io::Write as _;
+use std::fs::File;
+use std::io::{self, Write as _};
 use std::sync::atomic::{AtomicBool, Ordering};
-use std::sync::{Mutex, OnceLock, PoisonError};
-use std::time::Instant;
+use std::sync::{Mutex, OnceLock, PoisonError, RwLock};
+use std::time::{Instant, SystemTime};
 
 use tracing::field::{Field, Visit};
+use tracing::level_filters::LevelFilter;
 use tracing::{Event, Level, Metadata, Subscriber, span};
 
-/// Writes events of `level` and above. Spans are not used and cost nothing.
-struct StderrLog {
-    level: Level,
+use super::time;
+
+/// How lines look, where they go, and which are written.
+struct Log {
+    style: Style,
     start: Instant,
+    choice: RwLock<Choice>,
 }
+
+enum Style {
+    /// `tranche: warning: text`
+    Tranche,
+    /// `2026-11-23T14:25:56.192744248 [id:thread:LEVEL:file:line] text`
+    Firecracker { id: String },
+}
+
+/// What a client may choose.
+#[derive(Debug)]
+pub struct Choice {
+    pub level: LevelFilter,
+    /// Standard error, or standard output in Firecracker's style, without one.
+    pub file: Option<File>,
+    pub show_level: bool,
+    pub show_origin: bool,
+    /// Only what comes from a module whose path begins like this.
+    pub module: Option<String>,
+}
+
+/// The process's log.
+static LOG: OnceLock<&'static Log> = OnceLock::new();
 
 /// Set while the terminal is in raw mode, where a line feed alone does not return the carriage.
 pub static TERMINAL_IS_RAW: AtomicBool = AtomicBool::new(false);
 
-/// Starts logging for the whole process; `None` is silence. A second call changes nothing.
+/// Starts logging for the whole process; `None` is silence, until [`change_log`] breaks it. A second call changes
+/// nothing.
 pub fn init_log(level: Option<Level>) {
-    if let Some(level) = level {
-        // It fails if a log is there already, which then serves.
-        let _ = tracing::subscriber::set_global_default(StderrLog { level, start: Instant::now() });
+    start_log(Style::Tranche, LevelFilter::from(level));
+}
+
+/// Starts logging as Firecracker does, for the VM `id`.
+pub fn init_firecracker_log(id: &str) {
+    start_log(Style::Firecracker { id: id.to_owned() }, LevelFilter::INFO);
+}
+
+fn start_log(style: Style, level: LevelFilter) {
+    let choice = Choice { level, file: None, show_level: false, show_origin: false, module: None };
+    let log = Log { style, start: Instant::now(), choice: RwLock::new(choice) };
+    if LOG.get().is_none() {
+        // It lives as long as the process, as what is logged to does.
+        let log: &'static Log = Box::leak(Box::new(log));
+        if LOG.set(log).is_ok() {
+            // It fails if a log is there already, which then serves.
+            let _ = tracing::subscriber::set_global_default(Handle(log));
+        }
     }
 }
 
-impl Subscriber for StderrLog {
-    fn enabled(&self, metadata: &Metadata<'_>) -> bool {
+/// Changes what a client may choose. Without a log, nothing.
+pub fn change_log(change: impl FnOnce(&mut Choice)) {
+    if let Some(log) = LOG.get() {
+        change(&mut log.choice.write().unwrap_or_else(PoisonError::into_inner));
+        // Which places in the code have something to say is remembered there.
+        tracing::callsite::rebuild_interest_cache();
+    }
+}
+
+struct Handle(&'static Log);
+
+impl Choice {
+    fn wants(&self, metadata: &Metadata<'_>) -> bool {
         *metadata.level() <= self.level
+            && self.module.as_deref().is_none_or(|module| metadata.target().starts_with(module))
+    }
+}
+
+impl Log {
+    /// The line for an event, without its end.
+    fn line(&self, choice: &Choice, event: &Event<'_>) -> String {
+        let metadata = event.metadata();
+        let mut line = match &self.style {
+            Style::Tranche => {
+                let word = match *metadata.level() {
+                    Level::ERROR => "error",
+                    Level::WARN => "warning",
+                    Level::INFO => "info",
+                    Level::DEBUG => "debug",
+                    Level::TRACE => "trace",
+                };
+                let mut line = format!("tranche: {word}: ");
+                if choice.level >= LevelFilter::DEBUG {
+                    let _ = write!(line, "[{:.6}] {}: ", self.start.elapsed().as_secs_f64(), metadata.target());
+                }
+                line
+            }
+            Style::Firecracker { id } => {
+                let thread = std::thread::current();
+                let mut line = time::local(SystemTime::now());
+                let _ = write!(line, " [{id}:{}", thread.name().unwrap_or("unnamed"));
+                if choice.show_level {
+                    let _ = write!(line, ":{}", metadata.level());
+                }
+                if choice.show_origin {
+                    let (file, at) = (metadata.file().unwrap_or("?"), metadata.line().unwrap_or(0));
+                    let _ = write!(line, ":{file}:{at}");
+                }
+                line.push_str("] ");
+                line
+            }
+        };
+        event.record(&mut Text(&mut line));
+        line
+    }
+}
+
+impl Subscriber for Handle {
+    fn enabled(&self, metadata: &Metadata<'_>) -> bool {
+        self.0.choice.read().unwrap_or_else(PoisonError::into_inner).wants(metadata)
     }
 
-    fn max_level_hint(&self) -> Option<tracing::level_filters::LevelFilter> {
-        Some(self.level.into())
+    fn max_level_hint(&self) -> Option<LevelFilter> {
+        Some(self.0.choice.read().unwrap_or_else(PoisonError::into_inner).level)
     }
 
     fn event(&self, event: &Event<'_>) {
-        let word = match *event.metadata().level() {
-            Level::ERROR => "error",
-            Level::WARN => "warning",
-            Level::INFO => "info",
-            Level::DEBUG => "debug",
-            Level::TRACE => "trace",
+        let choice = self.0.choice.read().unwrap_or_else(PoisonError::into_inner);
+        let mut line = self.0.line(&choice, event);
+        let terminal = choice.file.is_none() && TERMINAL_IS_RAW.load(Ordering::Relaxed);
+        line.push_str(if terminal { "\r\n" } else { "\n" });
+        // Nobody is left to tell when there is nowhere to write to.
+        let _ = match (choice.file.as_ref(), &self.0.style) {
+            (Some(file), _) => (&*file).write_all(line.as_bytes()),
+            (None, Style::Tranche) => io::stderr().write_all(line.as_bytes()),
+            (None, Style::Firecracker { .. }) => io::stdout().write_all(line.as_bytes()),
         };
-        let mut line = format!("tranche: {word}: ");
-        if self.level >= Level::DEBUG {
-            let _ = write!(line, "[{:.6}] {}: ", self.start.elapsed().as_secs_f64(), event.metadata().target());
-        }
-        event.record(&mut Text(&mut line));
-        line.push_str(if TERMINAL_IS_RAW.load(Ordering::Relaxed) { "\r\n" } else { "\n" });
-        // Nobody is left to tell when standard error is gone.
-        let _ = std::io::stderr().write_all(line.as_bytes());
     }
 
     fn new_span(&self, _: &span::Attributes<'_>) -> span::Id {

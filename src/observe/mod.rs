@@ -1,9 +1,11 @@
 //! Logs and the boot timeline.
 
 mod log;
+mod time;
 mod timeline;
 
-pub use log::{GuestLimiter, TERMINAL_IS_RAW, init_log};
+pub use log::{Choice, GuestLimiter, TERMINAL_IS_RAW, change_log, init_firecracker_log, init_log};
+pub use time::rfc3339;
 pub use timeline::{Milestone, Timeline};
 
 /// Warns of something the guest did. One place in the code warns at most ten times a minute, and says then how many

@@ -1,7 +1,7 @@
 //! The boot timeline: when each step of a start was reached.
 
 use std::fmt;
-use std::sync::atomic::{AtomicU64, Ordering};
+use std::sync::atomic::{AtomicBool, AtomicU64, Ordering};
 use std::time::Instant;
 
 /// A step of a start, in the order they are reached.
@@ -31,12 +31,19 @@ pub struct Timeline {
     start: Instant,
     /// Nanoseconds; zero is "not reached".
     marks: [AtomicU64; MILESTONES.len()],
+    /// Is the guest's arrival in userspace to be logged?
+    log_userspace: AtomicBool,
 }
 
 impl Timeline {
     #[must_use]
     pub fn from(start: Instant) -> Self {
-        Self { start, marks: Default::default() }
+        Self { start, marks: Default::default(), log_userspace: AtomicBool::new(false) }
+    }
+
+    /// Has the guest's arrival in userspace logged.
+    pub fn log_userspace(&self) {
+        self.log_userspace.store(true, Ordering::Relaxed);
     }
 
     /// Notes the first time a milestone is reached; later times change nothing.
@@ -44,9 +51,19 @@ impl Timeline {
         let mark = &self.marks[milestone as usize];
         if mark.load(Ordering::Relaxed) == 0 {
             let now = u64::try_from(self.start.elapsed().as_nanos()).unwrap_or(u64::MAX).max(1);
-            let _ = mark.compare_exchange(0, now, Ordering::Relaxed, Ordering::Relaxed);
+            let first = mark.compare_exchange(0, now, Ordering::Relaxed, Ordering::Relaxed).is_ok();
+            if first && milestone == Milestone::Userspace && self.log_userspace.load(Ordering::Relaxed) {
+                log_boot_time(now / 1000);
+            }
         }
     }
+}
+
+/// In the form that Firecracker's users look for.
+fn log_boot_time(us: u64) {
+    let cpu = rustix::time::clock_gettime(rustix::time::ClockId::ProcessCPUTime);
+    let cpu_us = cpu.tv_sec * 1_000_000 + cpu.tv_nsec / 1000;
+    tracing::info!("Guest-boot-time = {us:>6} us {} ms, {cpu_us:>6} CPU us {} CPU ms", us / 1000, cpu_us / 1000);
 }
 
 /// A table of what was reached: milliseconds since the start, and since the step before.

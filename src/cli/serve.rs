@@ -1,0 +1,179 @@
+//! Serving a VM: its machine's events, its console, signals and API calls, on one thread, until it ends.
+
+use std::io;
+use std::os::fd::AsRawFd;
+
+use vmm_sys_util::epoll::{ControlOperation, Epoll, EpollEvent, EventSet};
+
+use super::api_socket::RunningApi;
+use super::console::{Console, Input};
+use super::escape::Action;
+use super::signals::Signals;
+use crate::control::{Calls, Owner};
+use crate::machine::End;
+
+const MACHINE: u64 = 0;
+const SIGNALS: u64 = 1;
+const ROOM: u64 = 2;
+const LISTENER: u64 = 3;
+const INPUT: u64 = 4;
+const CALLS: u64 = 5;
+
+/// How long to wait until a guest that was just writing may take input.
+const BUSY_MS: i32 = 10;
+
+/// What a signal means.
+#[derive(Debug, Clone, Copy, PartialEq, Eq)]
+pub enum OnSignal {
+    /// The first one presses the power button, the second one ends the VM. Before the start, one ends all.
+    PowerButton,
+    /// It ends all.
+    Leave,
+}
+
+/// How serving came to its end.
+#[derive(Debug, Clone)]
+pub enum Served {
+    Ended(End),
+    /// By a signal, without an end of the VM.
+    Signal(libc::c_int),
+}
+
+/// Serves until the VM ends or a signal ends it all; then the last answers get out, and the disks come to rest.
+///
+/// # Errors
+/// When the host has no descriptors left.
+pub fn serve(
+    mut owner: Owner,
+    console: &mut Console,
+    signals: &mut Signals,
+    on_signal: OnSignal,
+    api: Option<RunningApi>,
+) -> io::Result<Served> {
+    let calls = api.as_ref().map(|api| &api.calls);
+    let served = serve_until(&mut owner, console, signals, on_signal, calls);
+    owner.hang_up();
+    drop(api);
+    owner.close_disks();
+    // Never dropped: a vCPU may hang on a console that nobody reads, and the process ends anyway.
+    std::mem::forget(owner);
+    served
+}
+
+fn serve_until(
+    owner: &mut Owner,
+    console: &mut Console,
+    signals: &mut Signals,
+    on_signal: OnSignal,
+    calls: Option<&Calls>,
+) -> io::Result<Served> {
+    let epoll = Epoll::new()?;
+    let watch = |fd, token| epoll.ctl(ControlOperation::Add, fd, EpollEvent::new(EventSet::IN, token));
+    watch(signals.fd(), SIGNALS)?;
+    if let Some(calls) = calls {
+        watch(calls.fd(), CALLS)?;
+    }
+    let mut input = InputWatch::default();
+    let mut watched = false;
+    let mut presses = 0;
+    loop {
+        if let Some(end) = owner.end() {
+            return Ok(Served::Ended(end.clone()));
+        }
+        // Keys wait until there is somebody to take them.
+        let mut ready = false;
+        if let Some(machine) = owner.machine() {
+            if !watched {
+                watch(machine.events_fd(), MACHINE)?;
+                watch(machine.serial().room().as_raw_fd(), ROOM)?;
+                if let Some(fd) = console.listener_fd() {
+                    // By edges: a client that cannot be accepted, for want of descriptors, must not wake us for ever.
+                    let events = EventSet::IN | EventSet::EDGE_TRIGGERED;
+                    epoll.ctl(ControlOperation::Add, fd, EpollEvent::new(events, LISTENER))?;
+                }
+                watched = true;
+            }
+            ready = input.follow(console.input(), &epoll)?;
+        }
+        let timeout = if ready {
+            0
+        } else if console.is_busy() {
+            BUSY_MS
+        } else {
+            -1
+        };
+        let mut events = [EpollEvent::default(); 8];
+        let count = match epoll.wait(timeout, &mut events) {
+            Err(error) if error.kind() == io::ErrorKind::Interrupted => 0,
+            result => result?,
+        };
+        if count == 0
+            && console.is_busy()
+            && let Some(machine) = owner.machine()
+        {
+            console.push(machine.serial());
+        }
+        let from_poll = events[..count].iter().map(EpollEvent::data);
+        for token in from_poll.chain(ready.then_some(INPUT)) {
+            match token {
+                MACHINE => owner.handle_events(),
+                SIGNALS => {
+                    while let Some(signal) = signals.next() {
+                        presses += 1;
+                        if on_signal == OnSignal::Leave || owner.machine().is_none() {
+                            return Ok(Served::Signal(signal));
+                        }
+                        if presses == 1 { owner.press_power_button() } else { owner.kill() }
+                    }
+                }
+                CALLS => {
+                    while let Some(message) = calls.and_then(Calls::next) {
+                        owner.handle(message);
+                    }
+                }
+                _ => {
+                    let Some(machine) = owner.machine() else { continue };
+                    match token {
+                        ROOM => {
+                            let _ = machine.serial().room().read();
+                            console.push(machine.serial());
+                        }
+                        LISTENER => console.accept(machine.serial()),
+                        _ => {
+                            if console.read_input(machine.serial()) == Some(Action::Quit) {
+                                owner.kill();
+                            }
+                        }
+                    }
+                }
+            }
+        }
+    }
+}
+
+/// Keeps epoll's view of the input in step with the console's. Files and /dev/null cannot be polled: they are
+/// always ready.
+#[derive(Default)]
+struct InputWatch {
+    watched: Option<Input>,
+}
+
+impl InputWatch {
+    /// Returns whether the input is to be read without waiting.
+    fn follow(&mut self, wanted: Option<Input>, epoll: &Epoll) -> io::Result<bool> {
+        if wanted == self.watched {
+            return Ok(false);
+        }
+        if let Some(old) = self.watched.take() {
+            // It fails for a client that another one has replaced: closed everywhere, it has left by itself.
+            let _ = epoll.ctl(ControlOperation::Delete, old.fd, EpollEvent::default());
+        }
+        let Some(new) = wanted else { return Ok(false) };
+        match epoll.ctl(ControlOperation::Add, new.fd, EpollEvent::new(EventSet::IN, INPUT)) {
+            Ok(()) => self.watched = wanted,
+            Err(error) if error.kind() == io::ErrorKind::PermissionDenied => return Ok(true),
+            Err(error) => return Err(error),
+        }
+        Ok(false)
+    }
+}

@@ -1,0 +1,338 @@
+//! Bodies of devices and features that are not there yet: they are read with the same care as the others, so that a
+//! client learns of its own mistakes first.
+
+use std::net::Ipv4Addr;
+use std::path::PathBuf;
+
+use serde::{Deserialize, Serialize};
+
+use super::{InvalidValue, RateLimiter, check_id};
+
+#[derive(Debug, Clone, Copy, PartialEq, Eq, Serialize, Deserialize, utoipa::ToSchema)]
+pub enum CpuTemplate {
+    C3,
+    T2,
+    T2S,
+    T2CL,
+    T2A,
+    V1N1,
+    None,
+}
+
+#[derive(Debug, Clone, Default, PartialEq, Eq, Serialize, Deserialize, utoipa::ToSchema)]
+#[serde(deny_unknown_fields)]
+pub struct CpuConfig {
+    #[serde(default)]
+    pub kvm_capabilities: Vec<String>,
+    #[serde(default)]
+    pub cpuid_modifiers: Vec<CpuidModifier>,
+    #[serde(default)]
+    pub msr_modifiers: Vec<MsrModifier>,
+}
+
+#[derive(Debug, Clone, PartialEq, Eq, Serialize, Deserialize, utoipa::ToSchema)]
+#[serde(deny_unknown_fields)]
+pub struct CpuidModifier {
+    pub leaf: String,
+    pub subleaf: String,
+    pub flags: u32,
+    pub modifiers: Vec<RegisterModifier>,
+}
+
+#[derive(Debug, Clone, Copy, PartialEq, Eq, Serialize, Deserialize, utoipa::ToSchema)]
+#[serde(rename_all = "lowercase")]
+pub enum CpuidRegister {
+    Eax,
+    Ebx,
+    Ecx,
+    Edx,
+}
+
+#[derive(Debug, Clone, PartialEq, Eq, Serialize, Deserialize, utoipa::ToSchema)]
+#[serde(deny_unknown_fields)]
+pub struct RegisterModifier {
+    pub register: CpuidRegister,
+    pub bitmap: String,
+}
+
+#[derive(Debug, Clone, PartialEq, Eq, Serialize, Deserialize, utoipa::ToSchema)]
+#[serde(deny_unknown_fields)]
+pub struct MsrModifier {
+    pub addr: String,
+    pub bitmap: String,
+}
+
+impl CpuConfig {
+    pub fn check(&self) -> Result<(), InvalidValue> {
+        for capability in &self.kvm_capabilities {
+            let number = capability.strip_prefix('!').unwrap_or(capability);
+            if number.parse::<u32>().is_err() {
+                return Err(InvalidValue::Other(format!("{capability:?} is not the number of a KVM capability.")));
+            }
+        }
+        for modifier in &self.cpuid_modifiers {
+            for number in [&modifier.leaf, &modifier.subleaf] {
+                check_number(number, u32::MAX.into())?;
+            }
+            for register in &modifier.modifiers {
+                check_bitmap(&register.bitmap, 32)?;
+            }
+        }
+        for modifier in &self.msr_modifiers {
+            check_number(&modifier.addr, u32::MAX.into())?;
+            check_bitmap(&modifier.bitmap, 64)?;
+        }
+        Ok(())
+    }
+
+    #[must_use]
+    pub fn is_empty(&self) -> bool {
+        *self == Self::default()
+    }
+}
+
+/// A number as `0x..`, `0b..` or decimal.
+fn check_number(text: &str, max: u64) -> Result<(), InvalidValue> {
+    let (digits, radix) = match text {
+        _ if text.starts_with("0x") => (&text[2..], 16),
+        _ if text.starts_with("0b") => (&text[2..], 2),
+        _ => (text, 10),
+    };
+    match u64::from_str_radix(digits, radix) {
+        Ok(number) if number <= max => Ok(()),
+        _ => Err(InvalidValue::Other(format!("{text:?} is not a number up to {max:#x}."))),
+    }
+}
+
+/// `0b` and up to `bits` of `0`, `1` and `x` (leave alone); `_` may stand between them.
+fn check_bitmap(text: &str, bits: usize) -> Result<(), InvalidValue> {
+    let digits = text.strip_prefix("0b").unwrap_or_default();
+    let count = digits.chars().filter(|&c| c != '_').count();
+    if digits.chars().all(|c| "01x_".contains(c)) && (1..=bits).contains(&count) {
+        return Ok(());
+    }
+    Err(InvalidValue::Other(format!("{text:?} is not a bitmap: 0b and up to {bits} of 0, 1, x and _.")))
+}
+
+#[derive(Debug, Clone, PartialEq, Eq, Serialize, Deserialize, utoipa::ToSchema)]
+#[serde(deny_unknown_fields)]
+pub struct Pmem {
+    pub id: String,
+    #[schema(value_type = String)]
+    pub path_on_host: PathBuf,
+    #[serde(default)]
+    pub root_device: bool,
+    #[serde(default)]
+    pub read_only: bool,
+    pub rate_limiter: Option<RateLimiter>,
+}
+
+impl Pmem {
+    pub fn check(&self) -> Result<(), InvalidValue> {
+        check_id(&self.id)
+    }
+}
+
+#[derive(Debug, Clone, PartialEq, Eq, Deserialize, utoipa::ToSchema)]
+#[serde(deny_unknown_fields)]
+pub struct PmemPatch {
+    pub id: String,
+    pub rate_limiter: Option<RateLimiter>,
+}
+
+#[derive(Debug, Clone, PartialEq, Eq, Serialize, Deserialize, utoipa::ToSchema)]
+#[serde(deny_unknown_fields)]
+pub struct Vsock {
+    pub guest_cid: u32,
+    #[schema(value_type = String)]
+    pub uds_path: PathBuf,
+    /// Deprecated.
+    #[serde(skip_serializing_if = "Option::is_none")]
+    pub vsock_id: Option<String>,
+}
+
+impl Vsock {
+    pub fn check(&self) -> Result<(), InvalidValue> {
+        if self.guest_cid < 3 {
+            return Err(InvalidValue::Other(format!("The guest CID {} is invalid: 0 to 2 are taken.", self.guest_cid)));
+        }
+        self.vsock_id.as_deref().map_or(Ok(()), check_id)
+    }
+}
+
+#[derive(Debug, Clone, Copy, PartialEq, Eq, Serialize, Deserialize, utoipa::ToSchema)]
+#[serde(deny_unknown_fields)]
+pub struct Balloon {
+    pub amount_mib: u32,
+    pub deflate_on_oom: bool,
+    #[serde(default)]
+    pub stats_polling_interval_s: u16,
+    #[serde(default)]
+    pub free_page_hinting: bool,
+    #[serde(default)]
+    pub free_page_reporting: bool,
+}
+
+#[derive(Debug, Clone, Copy, PartialEq, Eq, Deserialize, utoipa::ToSchema)]
+#[serde(deny_unknown_fields)]
+pub struct BalloonPatch {
+    pub amount_mib: u32,
+}
+
+#[derive(Debug, Clone, Copy, PartialEq, Eq, Deserialize, utoipa::ToSchema)]
+#[serde(deny_unknown_fields)]
+pub struct BalloonStatisticsPatch {
+    pub stats_polling_interval_s: u16,
+}
+
+#[derive(Debug, Clone, Copy, PartialEq, Eq, Deserialize, utoipa::ToSchema)]
+#[serde(deny_unknown_fields)]
+pub struct HintingStart {
+    #[serde(default = "yes")]
+    pub acknowledge_on_stop: bool,
+}
+
+const fn yes() -> bool {
+    true
+}
+
+#[derive(Debug, Clone, Copy, PartialEq, Eq, Serialize, Deserialize, utoipa::ToSchema)]
+#[serde(deny_unknown_fields)]
+pub struct HotplugMemory {
+    pub total_size_mib: u64,
+    #[serde(default = "slot_size")]
+    pub slot_size_mib: u64,
+    #[serde(default = "block_size")]
+    pub block_size_mib: u64,
+}
+
+const fn slot_size() -> u64 {
+    128
+}
+
+const fn block_size() -> u64 {
+    2
+}
+
+impl HotplugMemory {
+    pub fn check(&self) -> Result<(), InvalidValue> {
+        let wrong = |text: &str| Err(InvalidValue::Other(text.into()));
+        if self.slot_size_mib < slot_size() || !self.slot_size_mib.is_power_of_two() {
+            return wrong("slot_size_mib has to be a power of two of at least 128.");
+        }
+        if self.block_size_mib < block_size() || !self.block_size_mib.is_power_of_two() {
+            return wrong("block_size_mib has to be a power of two of at least 2.");
+        }
+        if self.total_size_mib == 0 || !self.total_size_mib.is_multiple_of(self.slot_size_mib) {
+            return wrong("total_size_mib has to be a multiple of slot_size_mib.");
+        }
+        Ok(())
+    }
+}
+
+#[derive(Debug, Clone, Copy, PartialEq, Eq, Deserialize, utoipa::ToSchema)]
+#[serde(deny_unknown_fields)]
+pub struct HotplugMemoryPatch {
+    pub requested_size_mib: u64,
+}
+
+#[derive(Debug, Clone, Copy, Default, PartialEq, Eq, Serialize, Deserialize, utoipa::ToSchema)]
+pub enum MmdsVersion {
+    #[default]
+    V1,
+    V2,
+}
+
+#[derive(Debug, Clone, PartialEq, Eq, Serialize, Deserialize, utoipa::ToSchema)]
+#[serde(deny_unknown_fields)]
+pub struct MmdsConfig {
+    #[serde(default)]
+    pub version: MmdsVersion,
+    pub network_interfaces: Vec<String>,
+    #[schema(value_type = Option<String>)]
+    pub ipv4_address: Option<Ipv4Addr>,
+    #[serde(default)]
+    pub imds_compat: bool,
+}
+
+impl MmdsConfig {
+    /// Version 1 is.
+    #[must_use]
+    pub fn is_deprecated(&self) -> bool {
+        self.version == MmdsVersion::V1
+    }
+}
+
+#[derive(Debug, Clone, Copy, Default, PartialEq, Eq, Deserialize, utoipa::ToSchema)]
+pub enum SnapshotType {
+    #[default]
+    Full,
+    Diff,
+}
+
+#[derive(Debug, Clone, PartialEq, Eq, Deserialize, utoipa::ToSchema)]
+#[serde(deny_unknown_fields)]
+pub struct SnapshotCreate {
+    #[schema(value_type = String)]
+    pub snapshot_path: PathBuf,
+    #[schema(value_type = String)]
+    pub mem_file_path: PathBuf,
+    #[serde(default)]
+    pub snapshot_type: SnapshotType,
+}
+
+#[derive(Debug, Clone, Copy, PartialEq, Eq, Deserialize, utoipa::ToSchema)]
+pub enum MemoryBackendType {
+    File,
+    Uffd,
+}
+
+#[derive(Debug, Clone, PartialEq, Eq, Deserialize, utoipa::ToSchema)]
+#[serde(deny_unknown_fields)]
+pub struct MemoryBackend {
+    pub backend_type: MemoryBackendType,
+    #[schema(value_type = String)]
+    pub backend_path: PathBuf,
+}
+
+#[derive(Debug, Clone, PartialEq, Eq, Deserialize, utoipa::ToSchema)]
+pub struct NetworkOverride {
+    pub iface_id: String,
+    pub host_dev_name: String,
+}
+
+#[derive(Debug, Clone, PartialEq, Eq, Deserialize, utoipa::ToSchema)]
+pub struct VsockOverride {
+    #[schema(value_type = String)]
+    pub uds_path: PathBuf,
+}
+
+#[derive(Debug, Clone, PartialEq, Eq, Deserialize, utoipa::ToSchema)]
+#[serde(deny_unknown_fields)]
+pub struct SnapshotLoad {
+    #[schema(value_type = String)]
+    pub snapshot_path: PathBuf,
+    pub mem_backend: Option<MemoryBackend>,
+    /// Deprecated.
+    #[schema(value_type = Option<String>)]
+    pub mem_file_path: Option<PathBuf>,
+    #[serde(default)]
+    pub track_dirty_pages: bool,
+    #[serde(default)]
+    pub resume_vm: bool,
+    #[serde(default)]
+    pub network_overrides: Vec<NetworkOverride>,
+    pub vsock_override: Option<VsockOverride>,
+    #[serde(default)]
+    pub clock_realtime: bool,
+}
+
+impl SnapshotLoad {
+    pub fn check(&self) -> Result<(), InvalidValue> {
+        match (&self.mem_backend, &self.mem_file_path) {
+            (None, None) => Err(InvalidValue::Other("Either mem_backend or mem_file_path has to be given.".into())),
+            (Some(_), Some(_)) => Err(InvalidValue::Other("mem_backend and mem_file_path exclude each other.".into())),
+            _ => Ok(()),
+        }
+    }
+}

@@ -1,0 +1,101 @@
+//! What can be asked, and answered.
+
+use crate::config::firecracker as fc;
+
+use super::Fault;
+
+/// A request to the owner. Bodies are checked as far as they can be by themselves.
+#[derive(Debug, Clone, PartialEq, Eq)]
+pub enum Call {
+    /// Id, state and version of the VM.
+    GetInstance,
+    GetVersion,
+    /// The whole configuration.
+    GetDescription,
+    GetMachineConfig,
+    PutMachineConfig(fc::MachineConfig),
+    PatchMachineConfig(fc::MachineConfigPatch),
+    PutCpuConfig(fc::CpuConfig),
+    PutBootSource(fc::BootSource),
+    PutDrive(Box<fc::Drive>),
+    PatchDrive(fc::DrivePatch),
+    DeleteDrive(String),
+    PutNetwork(Box<fc::NetworkInterface>),
+    PatchNetwork(fc::NetworkPatch),
+    DeleteNetwork(String),
+    PutEntropy(fc::Entropy),
+    PutSerial(fc::Serial),
+    PutLogger(fc::Logger),
+    PutMetrics(fc::Metrics),
+    Act(fc::ActionType),
+    SetState(fc::WantedState),
+    /// Something that is not there yet: what, and when it could be asked for.
+    Missing(&'static str, When),
+    /// State, lifecycle and devices, as our own API shows them.
+    GetVm,
+    Power(Power),
+}
+
+/// When a call has a meaning.
+#[derive(Debug, Clone, Copy, PartialEq, Eq)]
+pub enum When {
+    Before,
+    After,
+    Always,
+}
+
+/// What a machine's power can do.
+#[derive(Debug, Clone, Copy, PartialEq, Eq, serde::Serialize, serde::Deserialize, utoipa::ToSchema)]
+#[serde(rename_all = "lowercase")]
+pub enum Power {
+    /// Starts the VM.
+    On,
+    /// Presses the power button.
+    Off,
+    /// Presses the reset button: the VM starts anew, with nothing in its memory.
+    Reset,
+    /// Pulls the plug.
+    Kill,
+}
+
+/// What comes back.
+#[derive(Debug, Clone, PartialEq, Eq)]
+pub enum Answer {
+    Done,
+    /// A JSON document.
+    Json(String),
+}
+
+/// Whoever waits for the answer; called once, from the owner's thread, and does not block.
+pub type Answerer = Box<dyn FnOnce(Result<Answer, Fault>) + Send>;
+
+impl Call {
+    pub fn when(&self) -> When {
+        match self {
+            Self::GetInstance
+            | Self::GetVersion
+            | Self::GetDescription
+            | Self::GetMachineConfig
+            | Self::PutDrive(_)
+            | Self::PutNetwork(_)
+            | Self::GetVm
+            | Self::Power(_) => When::Always,
+            Self::PutMachineConfig(_)
+            | Self::PatchMachineConfig(_)
+            | Self::PutCpuConfig(_)
+            | Self::PutBootSource(_)
+            | Self::PutEntropy(_)
+            | Self::PutSerial(_)
+            | Self::PutLogger(_)
+            | Self::PutMetrics(_)
+            | Self::Act(fc::ActionType::InstanceStart) => When::Before,
+            Self::PatchDrive(_)
+            | Self::DeleteDrive(_)
+            | Self::PatchNetwork(_)
+            | Self::DeleteNetwork(_)
+            | Self::Act(fc::ActionType::FlushMetrics | fc::ActionType::SendCtrlAltDel)
+            | Self::SetState(_) => When::After,
+            Self::Missing(_, when) => *when,
+        }
+    }
+}

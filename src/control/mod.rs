@@ -1,0 +1,20 @@
+//! What a client may ask of a VM: one typed channel to the thread that owns it.
+//!
+//! ```text
+//!   API server's thread ── Call + Answerer ──▶ Calls (channel, eventfd) ──▶ owner's thread: Owner ── Machine
+//! ```
+//! The owner knows what has been asked for before the start ([`Plan`]: described as a client described it, and open
+//! already, so that what cannot be opened is told at once), and what may be asked when.
+
+mod call;
+mod calls;
+mod fault;
+mod owner;
+mod plan;
+mod running;
+pub mod views;
+
+pub use self::call::{Answer, Answerer, Call, Power, When};
+pub use self::calls::{CallSender, Calls, Listener, Message, calls};
+pub use self::fault::{Fault, FaultKind};
+pub use self::owner::{FIRECRACKER_VERSION, Identity, Owner};

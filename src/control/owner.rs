@@ -1,0 +1,368 @@
+//! The one owner of a VM: knows what may be asked when, and does it.
+
+use std::path::Path;
+use std::sync::Arc;
+
+use super::plan::Plan;
+use super::views;
+use super::{Answer, Answerer, Call, Fault, Listener, Message, Power, When};
+use crate::backend::{HostFile, HostFiles};
+use crate::config::firecracker as fc;
+use crate::config::{SerialConfig, Transport, VmConfig};
+use crate::machine::{End, Machine, MachineError, Notice, Pause, State};
+use crate::observe::{Timeline, change_log};
+
+/// Who a VM says it is, and what follows from under whose name the program was called.
+#[derive(Debug, Clone)]
+pub struct Identity {
+    pub id: String,
+    pub app_name: &'static str,
+    pub version: &'static str,
+    pub default_boot_args: &'static str,
+    pub transport: Transport,
+    /// What a vCPU's thread is called, before its number.
+    pub vcpu_thread: &'static str,
+}
+
+impl Identity {
+    /// A VM of `tranche run`.
+    #[must_use]
+    pub fn tranche(transport: Transport) -> Self {
+        Self {
+            id: "anonymous-instance".into(),
+            app_name: "Tranche",
+            version: env!("CARGO_PKG_VERSION"),
+            default_boot_args: crate::config::DEFAULT_CMDLINE,
+            transport,
+            vcpu_thread: "vcpu",
+        }
+    }
+
+    /// A VM of those who call the program `firecracker`.
+    #[must_use]
+    pub fn firecracker(id: String, transport: Transport) -> Self {
+        Self {
+            id,
+            app_name: "Firecracker",
+            version: FIRECRACKER_VERSION,
+            default_boot_args: "reboot=k panic=1 nomodule 8250.nr_uarts=0 i8042.noaux i8042.nomux i8042.dumbkbd swiotlb=noforce",
+            transport,
+            vcpu_thread: "fc_vcpu ",
+        }
+    }
+}
+
+/// Whose interface we speak.
+pub const FIRECRACKER_VERSION: &str = "1.17.0";
+
+/// A VM and its clients.
+pub struct Owner {
+    pub(super) identity: Identity,
+    pub(super) host: Arc<dyn HostFiles>,
+    console: SerialConfig,
+    timeline: Arc<Timeline>,
+    pub(super) plan: Plan,
+    pub(super) machine: Option<Machine>,
+    listeners: Vec<Listener>,
+    /// Who waits for the vCPUs to be parked.
+    pausing: Vec<Answerer>,
+    /// What the listeners know.
+    told: &'static str,
+}
+
+impl Owner {
+    #[must_use]
+    pub fn new(identity: Identity, host: Arc<dyn HostFiles>, console: SerialConfig, timeline: Arc<Timeline>) -> Self {
+        Self {
+            identity,
+            host,
+            console,
+            timeline,
+            plan: Plan::default(),
+            machine: None,
+            listeners: Vec::new(),
+            pausing: Vec::new(),
+            told: NOT_STARTED,
+        }
+    }
+
+    /// The machine, once it has been started.
+    pub fn machine(&mut self) -> Option<&mut Machine> {
+        self.machine.as_mut()
+    }
+
+    /// Takes in a whole description, as a client would give it object by object.
+    ///
+    /// # Errors
+    /// The first object that is not right.
+    pub fn load(&mut self, description: fc::VmDescription) -> Result<(), Fault> {
+        let mut calls = Vec::new();
+        calls.extend(description.logger.map(Call::PutLogger));
+        calls.extend(description.metrics.map(Call::PutMetrics));
+        calls.extend(description.machine_config.map(Call::PutMachineConfig));
+        calls.extend(description.boot_source.map(Call::PutBootSource));
+        calls.extend(description.drives.into_iter().map(|drive| Call::PutDrive(Box::new(drive.with_defaults()))));
+        calls.extend(description.network_interfaces.into_iter().map(|nic| Call::PutNetwork(Box::new(nic))));
+        calls.extend(description.entropy.map(Call::PutEntropy));
+        match description.cpu_config {
+            Some(fc::CpuConfigSource::Inline(config)) => calls.push(Call::PutCpuConfig(config)),
+            Some(fc::CpuConfigSource::Path(path)) => calls.push(Call::PutCpuConfig(read_cpu_config(&path)?)),
+            None => {}
+        }
+        let missing = [
+            (description.balloon.is_some(), "The balloon device"),
+            (description.vsock.is_some(), "The vsock device"),
+            (!description.pmem.is_empty(), "The pmem device"),
+            (description.mmds_config.is_some(), "MMDS"),
+            (description.memory_hotplug.is_some(), "Memory hot-plug"),
+        ];
+        calls.extend(missing.iter().filter(|m| m.0).map(|m| Call::Missing(m.1, When::Before)));
+        calls.into_iter().try_for_each(|call| self.perform(call).map(drop))
+    }
+
+    /// Takes in what clients have sent.
+    pub fn handle(&mut self, message: Message) {
+        match message {
+            Message::Call(Call::SetState(state), answerer) => self.set_state(state, answerer),
+            Message::Call(call, answerer) => {
+                let answer = self.perform(call);
+                self.tell_state();
+                answerer(answer);
+            }
+            Message::Listen(mut listener) => {
+                let line = views::state_event(None, self.told);
+                if listener(&line) {
+                    self.listeners.push(listener);
+                }
+            }
+        }
+    }
+
+    /// Takes in what the machine has reported.
+    pub fn handle_events(&mut self) {
+        let notices = self.machine.as_mut().map(Machine::handle_events).unwrap_or_default();
+        for notice in notices {
+            match notice {
+                Notice::Paused => self.settle_pauses(),
+                Notice::Unplugged(device) => self.forget(&device),
+            }
+        }
+        if self.end().is_some() {
+            self.settle_pauses();
+        }
+        self.tell_state();
+    }
+
+    /// How the VM has ended, if it has.
+    #[must_use]
+    pub fn end(&self) -> Option<&End> {
+        match self.machine.as_ref()?.state() {
+            State::Ended(end) => Some(end),
+            _ => None,
+        }
+    }
+
+    /// Asked for from outside, by a signal or a key.
+    pub fn press_power_button(&mut self) {
+        if let Some(machine) = &mut self.machine {
+            machine.press_power_button();
+        }
+        self.tell_state();
+    }
+
+    pub fn kill(&mut self) {
+        if let Some(machine) = &mut self.machine {
+            machine.kill();
+        }
+        self.tell_state();
+    }
+
+    /// Builds the machine and starts it.
+    ///
+    /// # Errors
+    /// What is missing, or cannot be had; it can be tried again then.
+    pub fn start(&mut self) -> Result<(), Fault> {
+        let parts = self.plan.parts(&*self.host, &self.identity, &self.console)?;
+        let mut machine = Machine::build(parts, &*self.host, &self.timeline)?;
+        machine.start()?;
+        self.machine = Some(machine);
+        Ok(())
+    }
+
+    /// Takes over a machine that has been built of `config`, and starts it.
+    ///
+    /// # Errors
+    /// When the host has no threads left.
+    pub fn adopt(&mut self, mut machine: Machine, config: &VmConfig) -> Result<(), MachineError> {
+        machine.start()?;
+        self.machine = Some(machine);
+        self.plan.describe(config);
+        self.told = self.state();
+        Ok(())
+    }
+
+    /// Lets go of all listeners, and answers who still waits.
+    pub fn hang_up(&mut self) {
+        self.settle_pauses();
+        self.listeners.clear();
+    }
+
+    /// Brings the disks to rest, for a process that is about to exit.
+    pub fn close_disks(&self) {
+        if let Some(machine) = &self.machine {
+            machine.close_disks();
+        }
+    }
+
+    /// Takes up what a client wants of the log.
+    ///
+    /// # Errors
+    /// When its file cannot be opened; the log is as it was then.
+    pub fn set_logger(&mut self, logger: &fc::Logger) -> Result<(), Fault> {
+        let file = match &logger.log_path {
+            Some(path) => Some(
+                self.host
+                    .open(&HostFile::Log(path.clone()))
+                    .map_err(|source| Fault::Open { path: path.display().to_string(), source })?,
+            ),
+            None => None,
+        };
+        change_log(|choice| {
+            choice.file = file.or_else(|| choice.file.take());
+            choice.level = logger.level.map_or(choice.level, Into::into);
+            choice.show_level = logger.show_level.unwrap_or(choice.show_level);
+            choice.show_origin = logger.show_log_origin.unwrap_or(choice.show_origin);
+            choice.module = logger.module.clone().or_else(|| choice.module.take());
+        });
+        self.plan.description.logger = Some(logger.clone());
+        Ok(())
+    }
+
+    fn perform(&mut self, call: Call) -> Result<Answer, Fault> {
+        match (call.when(), &self.machine) {
+            (When::Before, Some(_)) => return Err(Fault::AfterStart),
+            (When::After, None) => return Err(Fault::BeforeStart),
+            _ => {}
+        }
+        match call {
+            Call::GetInstance => return Ok(views::instance(&self.identity, self.state())),
+            Call::GetVersion => return Ok(views::version(&self.identity)),
+            Call::GetDescription => return Ok(views::description(&self.plan)),
+            Call::GetMachineConfig => return Ok(views::json(&self.plan.machine_config())),
+            Call::GetVm => return Ok(views::vm(&self.identity, self.state(), &self.plan, self.machine.as_ref())),
+            Call::PutMachineConfig(config) => {
+                let config = self.plan.machine_config().replaced_by(config);
+                self.plan.set_machine_config(config)?;
+            }
+            Call::PatchMachineConfig(patch) => {
+                let config = self.plan.machine_config().patched(&patch);
+                self.plan.set_machine_config(config)?;
+            }
+            Call::PutCpuConfig(config) => {
+                config.check()?;
+                if !config.is_empty() {
+                    return Err(Fault::Missing("Changing CPUID, MSRs or the demands on KVM"));
+                }
+            }
+            Call::PutBootSource(source) => self.plan.put_boot_source(source, &*self.host, &self.identity)?,
+            Call::PutDrive(drive) if self.machine.is_some() => self.plug_drive(*drive)?,
+            Call::PutDrive(drive) => self.plan.put_drive(*drive, &*self.host)?,
+            Call::PatchDrive(patch) => self.patch_drive(&patch)?,
+            Call::DeleteDrive(id) => self.unplug_drive(&id)?,
+            Call::PutNetwork(nic) if self.machine.is_some() => self.plug_network(*nic)?,
+            Call::PutNetwork(nic) => self.plan.put_network(*nic, &*self.host)?,
+            Call::PatchNetwork(patch) => self.patch_network(&patch)?,
+            Call::DeleteNetwork(id) => self.unplug_network(&id)?,
+            Call::PutEntropy(entropy) => self.plan.description.entropy = Some(entropy),
+            Call::PutSerial(serial) => self.plan.put_serial(&serial, &*self.host)?,
+            Call::PutLogger(logger) => self.set_logger(&logger)?,
+            Call::PutMetrics(_) => return Err(Fault::Missing("A metrics file")),
+            Call::Act(fc::ActionType::InstanceStart) => self.start()?,
+            Call::Act(fc::ActionType::SendCtrlAltDel) => self.press_power_button(),
+            Call::Act(fc::ActionType::FlushMetrics) => return Err(Fault::NoMetrics),
+            Call::Missing(what, _) => return Err(Fault::Missing(what)),
+            Call::Power(power) => self.power(power)?,
+            // It may have to wait: see `set_state`.
+            Call::SetState(_) => {}
+        }
+        Ok(Answer::Done)
+    }
+
+    /// What the VM is doing, in a word.
+    fn state(&self) -> &'static str {
+        self.machine.as_ref().map_or(NOT_STARTED, |machine| machine.state().name())
+    }
+
+    /// Tells the listeners of a change of state, if there was one.
+    fn tell_state(&mut self) {
+        let state = self.state();
+        if state != self.told {
+            let line = views::state_event(Some(self.told), state);
+            self.listeners.retain_mut(|listener| listener(&line));
+            self.told = state;
+        }
+    }
+
+    fn set_state(&mut self, state: fc::WantedState, answerer: Answerer) {
+        let Some(machine) = &mut self.machine else { return answerer(Err(Fault::BeforeStart)) };
+        let answer = match state {
+            fc::WantedState::Paused => match machine.pause() {
+                Ok(Pause::Paused) => Ok(Answer::Done),
+                // A vCPU is still on its way out.
+                Ok(Pause::Pausing) => return self.pausing.push(answerer),
+                Err(error) => Err(error.into()),
+            },
+            fc::WantedState::Resumed => machine.resume().map(|()| Answer::Done).map_err(Fault::from),
+        };
+        // Whoever still waited for a pause has it now, or never will.
+        self.settle_pauses();
+        self.tell_state();
+        answerer(answer);
+    }
+
+    /// Answers who waited for a pause that is complete, or that will not come.
+    fn settle_pauses(&mut self) {
+        let paused = self.machine.as_ref().is_some_and(|machine| matches!(machine.state(), State::Paused { .. }));
+        for answerer in self.pausing.drain(..) {
+            answerer(if paused {
+                Ok(Answer::Done)
+            } else {
+                Err(Fault::Conflict("The VM went on instead of pausing.".into()))
+            });
+        }
+    }
+
+    fn power(&mut self, power: Power) -> Result<(), Fault> {
+        match (power, &mut self.machine) {
+            (Power::On, None) => self.start(),
+            (Power::On, Some(machine)) => match machine.state() {
+                State::Ended(_) => Err(Fault::Ended),
+                _ => Ok(()),
+            },
+            (_, None) => Err(Fault::BeforeStart),
+            (Power::Off, Some(machine)) => {
+                machine.press_power_button();
+                Ok(())
+            }
+            (Power::Kill, Some(machine)) => {
+                machine.kill();
+                Ok(())
+            }
+            (Power::Reset, Some(machine)) => {
+                if matches!(machine.state(), State::Ended(_)) {
+                    return Err(Fault::Ended);
+                }
+                Err(Fault::Missing("A reset from outside"))
+            }
+        }
+    }
+}
+
+fn read_cpu_config(path: &Path) -> Result<fc::CpuConfig, Fault> {
+    let failed = |source| Fault::Open { path: path.display().to_string(), source };
+    let text = std::fs::read(path).map_err(failed)?;
+    serde_json::from_slice(&text).map_err(|error| failed(error.into()))
+}
+
+/// What is not built yet.
+pub const NOT_STARTED: &str = "not started";

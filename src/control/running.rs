@@ -1,0 +1,69 @@
+//! Changes of a VM that has been started: devices come, go, and get other limits and files.
+
+use super::Fault;
+use super::owner::Owner;
+use crate::config::firecracker as fc;
+use crate::machine::{DeviceId, Machine, OpenDisk, OpenNic};
+
+impl Owner {
+    fn started(&mut self) -> Result<&mut Machine, Fault> {
+        self.machine.as_mut().ok_or(Fault::BeforeStart)
+    }
+
+    pub(super) fn plug_drive(&mut self, drive: fc::Drive) -> Result<(), Fault> {
+        drive.check()?;
+        if drive.is_root_device {
+            return Err(Fault::Conflict("A drive that comes after the start cannot be the root device.".into()));
+        }
+        let host = self.host.clone();
+        let machine = self.started()?;
+        machine.plug_disk(OpenDisk::open(&drive.drive_id, &drive.disk(), &*host)?)?;
+        self.plan.description.drives.push(drive);
+        Ok(())
+    }
+
+    pub(super) fn plug_network(&mut self, nic: fc::NetworkInterface) -> Result<(), Fault> {
+        let config = nic.nic()?;
+        self.plan.check_mac(&nic)?;
+        let host = self.host.clone();
+        let machine = self.started()?;
+        machine.plug_nic(OpenNic::open(&nic.iface_id, &config, &*host)?)?;
+        self.plan.description.network_interfaces.push(nic);
+        Ok(())
+    }
+
+    pub(super) fn unplug_drive(&mut self, id: &str) -> Result<(), Fault> {
+        if self.plan.description.drives.iter().any(|drive| drive.drive_id == id && drive.is_root_device) {
+            return Err(Fault::Conflict(format!("Drive {id:?} is the root device: it stays.")));
+        }
+        Ok(self.started()?.unplug(&DeviceId::Disk(id.into()))?)
+    }
+
+    pub(super) fn unplug_network(&mut self, id: &str) -> Result<(), Fault> {
+        Ok(self.started()?.unplug(&DeviceId::Nic(id.into()))?)
+    }
+
+    /// The guest has let go of a device.
+    pub(super) fn forget(&mut self, device: &DeviceId) {
+        let description = &mut self.plan.description;
+        match device {
+            DeviceId::Disk(id) => description.drives.retain(|drive| drive.drive_id != *id),
+            DeviceId::Nic(id) => description.network_interfaces.retain(|nic| nic.iface_id != *id),
+        }
+    }
+
+    pub(super) fn patch_drive(&mut self, patch: &fc::DrivePatch) -> Result<(), Fault> {
+        self.known("drive", &patch.drive_id, self.plan.description.drives.iter().map(|drive| &drive.drive_id))?;
+        Err(Fault::Missing("A change of a running drive"))
+    }
+
+    pub(super) fn patch_network(&mut self, patch: &fc::NetworkPatch) -> Result<(), Fault> {
+        let nics = &self.plan.description.network_interfaces;
+        self.known("network interface", &patch.iface_id, nics.iter().map(|nic| &nic.iface_id))?;
+        Err(Fault::Missing("A change of a running network card"))
+    }
+
+    fn known<'a>(&self, what: &'static str, id: &str, mut ids: impl Iterator<Item = &'a String>) -> Result<(), Fault> {
+        if ids.any(|known| known == id) { Ok(()) } else { Err(Fault::NoSuch { what, id: id.to_owned() }) }
+    }
+}

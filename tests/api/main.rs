@@ -1,0 +1,13 @@
+//! VMs driven through their API socket, with bare-metal guests on whatever `/dev/kvm` this machine has.
+
+#[path = "../support/mod.rs"]
+mod support;
+
+mod clients;
+mod command_line;
+mod devices;
+mod endings;
+mod lifecycle;
+mod personality;
+mod rules;
+mod vm;

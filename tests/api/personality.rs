@@ -1,0 +1,97 @@
+//! What the program is when it is called `firecracker`.
+
+use crate::support::{Running, guests};
+use crate::vm::{LIMIT, Vm, firecracker};
+
+fn run(args: &[&str]) -> crate::support::Ended {
+    Running::start(firecracker().args(args)).wait(LIMIT)
+}
+
+#[test]
+fn it_tells_its_version_and_refuses_what_it_does_not_know() {
+    let version = run(&["--version"]).expect_code(0).output;
+    assert!(version.starts_with("Firecracker v1."), "{version}");
+    assert!(run(&["--help"]).expect_code(0).output.contains("--api-sock"));
+    for args in [&["--nonsense"][..], &["--no-api"], &["--id", "a_b"], &["--level", "Loud"], &["--metadata", "f"]] {
+        run(args).expect_code(153);
+    }
+}
+
+#[test]
+fn an_existing_path_is_no_place_for_its_socket() {
+    let dir = tempfile::tempdir().unwrap();
+    let path = dir.path().join("s");
+    std::fs::write(&path, "precious").unwrap();
+    let path = path.to_str().unwrap();
+    let ended = run(&["--api-sock", path]).expect_code(1);
+    let text = format!("Failed to open the API socket at: {path}. Check that it is not already used.");
+    assert!(ended.errors.contains(&text), "{}", ended.errors);
+    assert_eq!(std::fs::read(path).unwrap(), b"precious");
+}
+
+#[test]
+fn a_configuration_file_starts_a_vm() {
+    let dir = tempfile::tempdir().unwrap();
+    let file = dir.path().join("vm.json");
+    let kernel = guests().join("hello");
+    let write = |more: &str| {
+        let boot = format!(r#""boot-source":{{"kernel_image_path":{kernel:?},"boot_args":"end=off"}}"#);
+        std::fs::write(&file, format!(r#"{{{boot},"drives":[]{more}}}"#)).unwrap();
+    };
+    let path = file.to_str().unwrap();
+    write("");
+    let ended = run(&["--no-api", "--config-file", path]).expect_code(0);
+    assert!(ended.output.contains("hello\n"), "{}", ended.output);
+    write(r#","machine-config":{"vcpu_count":0,"mem_size_mib":1}"#);
+    run(&["--no-api", "--config-file", path]).expect_code(152);
+    write(r#","vsock":{"guest_cid":3,"uds_path":"v"}"#);
+    let ended = run(&["--no-api", "--config-file", path]).expect_code(152);
+    assert!(ended.errors.contains("vsock device is not supported"), "{}", ended.errors);
+    std::fs::write(&file, "{").unwrap();
+    run(&["--no-api", "--config-file", path]).expect_code(152);
+    run(&["--no-api", "--config-file", "/nowhere"]).expect_code(152);
+}
+
+#[test]
+fn it_logs_what_tools_look_for() {
+    let dir = tempfile::tempdir().unwrap();
+    let log = dir.path().join("log");
+    let mut command = firecracker();
+    command.args(["--id", "my-vm", "--boot-timer", "--show-level", "--log-path"]).arg(&log);
+    let vm = Vm::start(command);
+    vm.fault("PUT", "/actions", r#"{"action_type":"Fly"}"#);
+    vm.put("/machine-config", r#"{"vcpu_count":1,"mem_size_mib":64}"#);
+    vm.put_kernel("hello", "mark=1 end=off");
+    vm.act("InstanceStart");
+    vm.running.wait(LIMIT).expect_code(0);
+    let text = std::fs::read_to_string(&log).unwrap();
+    for line in [
+        "[my-vm:main:INFO] Running Firecracker v1.",
+        "Listening on API socket (",
+        "[my-vm:fc_api:INFO] The API server received a Put request on \"/actions\" with body \"{\\\"action_type\\\":\\\"Fly\\\"}\".",
+        ":ERROR] Received Error. Status code: 400 Bad Request. Message: ",
+        "The request was executed successfully. Status code: 204 No Content.",
+        "Guest-boot-time = ",
+        "Firecracker exiting successfully. exit_code=0",
+    ] {
+        assert!(text.contains(line), "no '{line}' in:\n{text}");
+    }
+    let first = text.lines().next().unwrap();
+    let time = first.split(' ').next().unwrap();
+    assert!(time.len() == 29 && time.as_bytes()[10] == b'T' && time.as_bytes()[19] == b'.', "{first}");
+}
+
+#[test]
+fn threads_have_the_names_that_tools_know() {
+    let vm = Vm::start(firecracker());
+    vm.put("/machine-config", r#"{"vcpu_count":2,"mem_size_mib":64}"#);
+    vm.boot_hello("end=halt");
+    let tasks = std::fs::read_dir(format!("/proc/{}/task", vm.running.child.id())).unwrap();
+    let names: Vec<_> = tasks
+        .map(|task| std::fs::read_to_string(task.unwrap().path().join("comm")).unwrap().trim().to_owned())
+        .collect();
+    for name in ["fc_api", "fc_vcpu 0", "fc_vcpu 1"] {
+        assert!(names.iter().any(|known| known == name), "{name} of {names:?}");
+    }
+    vm.kill().expect_code(0);
+}
