@@ -1,7 +1,7 @@
 //! What a VM is: plain data with defaults, units and validation.
 
-mod limits;
 pub mod firecracker;
+mod limits;
 mod options;
 mod units;
 

@@ -161,7 +161,7 @@ impl Plan {
             }),
             is_read_only: Some(disk.read_only),
             path_on_host: Some(disk.path.clone()),
-            rate_limiter: None,
+            rate_limiter: fc::RateLimiter::of(disk.limits),
             io_engine: Some(match disk.engine {
                 IoEngine::Sync => fc::DriveEngine::Sync,
                 IoEngine::IoUring | IoEngine::Auto => fc::DriveEngine::Async,
@@ -176,8 +176,8 @@ impl Plan {
             },
             guest_mac: nic.mac.map(|mac| mac.to_string()),
             mtu: nic.mtu.map(u32::from),
-            rx_rate_limiter: None,
-            tx_rate_limiter: None,
+            rx_rate_limiter: fc::RateLimiter::of(nic.rx_limits),
+            tx_rate_limiter: fc::RateLimiter::of(nic.tx_limits),
         };
         self.description = fc::VmDescription {
             drives: config.disks.iter().enumerate().map(drive).collect(),
@@ -238,7 +238,10 @@ impl Plan {
             memory: MemorySize(machine.mem_size_mib << 20),
             disks,
             nics,
-            entropy: self.description.entropy.map(|_| EntropyConfig::default()),
+            entropy: self
+                .description
+                .entropy
+                .map(|entropy| EntropyConfig { limits: fc::RateLimiter::limits(entropy.rate_limiter) }),
             serial,
             transport: identity.transport,
             vcpu_thread: identity.vcpu_thread,

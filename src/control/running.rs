@@ -52,18 +52,32 @@ impl Owner {
         }
     }
 
-    pub(super) fn patch_drive(&mut self, patch: &fc::DrivePatch) -> Result<(), Fault> {
-        self.known("drive", &patch.drive_id, self.plan.description.drives.iter().map(|drive| &drive.drive_id))?;
-        Err(Fault::Missing("A change of a running drive"))
+    pub(super) fn patch_drive(&mut self, patch: fc::DrivePatch) -> Result<(), Fault> {
+        let drives = &mut self.plan.description.drives;
+        let Some(drive) = drives.iter_mut().find(|drive| drive.drive_id == patch.drive_id) else {
+            return Err(Fault::NoSuch { what: "drive", id: patch.drive_id });
+        };
+        let machine = self.machine.as_mut().ok_or(Fault::BeforeStart)?;
+        if patch.rate_limiter.is_some() {
+            machine.limit(&DeviceId::Disk(patch.drive_id), &[fc::RateLimiter::limits(patch.rate_limiter)])?;
+            fc::RateLimiter::update(&mut drive.rate_limiter, patch.rate_limiter);
+        }
+        if patch.path_on_host.is_some() || patch.rate_limiter.is_none() {
+            return Err(Fault::Missing("Another file behind a running drive"));
+        }
+        Ok(())
     }
 
-    pub(super) fn patch_network(&mut self, patch: &fc::NetworkPatch) -> Result<(), Fault> {
-        let nics = &self.plan.description.network_interfaces;
-        self.known("network interface", &patch.iface_id, nics.iter().map(|nic| &nic.iface_id))?;
-        Err(Fault::Missing("A change of a running network card"))
-    }
-
-    fn known<'a>(&self, what: &'static str, id: &str, mut ids: impl Iterator<Item = &'a String>) -> Result<(), Fault> {
-        if ids.any(|known| known == id) { Ok(()) } else { Err(Fault::NoSuch { what, id: id.to_owned() }) }
+    pub(super) fn patch_network(&mut self, patch: fc::NetworkPatch) -> Result<(), Fault> {
+        let nics = &mut self.plan.description.network_interfaces;
+        let Some(nic) = nics.iter_mut().find(|nic| nic.iface_id == patch.iface_id) else {
+            return Err(Fault::NoSuch { what: "network interface", id: patch.iface_id });
+        };
+        let machine = self.machine.as_mut().ok_or(Fault::BeforeStart)?;
+        let limits = [patch.rx_rate_limiter, patch.tx_rate_limiter].map(fc::RateLimiter::limits);
+        machine.limit(&DeviceId::Nic(patch.iface_id), &limits)?;
+        fc::RateLimiter::update(&mut nic.rx_rate_limiter, patch.rx_rate_limiter);
+        fc::RateLimiter::update(&mut nic.tx_rate_limiter, patch.tx_rate_limiter);
+        Ok(())
     }
 }

@@ -5,7 +5,7 @@ use std::path::PathBuf;
 use serde::{Deserialize, Serialize};
 
 use super::{InvalidValue, RateLimiter, check_id};
-use crate::config::{CacheMode, DiskConfig, Image, IoEngine};
+use crate::config::{CacheMode, DiskConfig, DiskFormat, Image, IoEngine};
 
 #[derive(Debug, Clone, PartialEq, Eq, Serialize, Deserialize, utoipa::ToSchema)]
 #[serde(deny_unknown_fields)]
@@ -97,7 +97,8 @@ impl Drive {
             queues: 1,
             root: self.is_root_device,
             // What Firecracker attaches is raw, and never looked at.
-            image: Image { format: Some(crate::config::DiskFormat::Raw), backing: Vec::new() },
+            image: Image { format: Some(DiskFormat::Raw), backing: Vec::new() },
+            limits: RateLimiter::limits(self.rate_limiter),
         }
     }
 

@@ -13,6 +13,8 @@ mod to_come;
 use serde::{Deserialize, Serialize};
 use thiserror::Error;
 
+use crate::config::{self, RateLimits};
+
 pub use self::drives::{CacheType, Drive, DriveEngine, DrivePatch};
 pub use self::machine::{BootSource, HugePages, MachineConfig, MachineConfigPatch};
 pub use self::network::{NetworkInterface, NetworkPatch};
@@ -84,7 +86,33 @@ pub struct RateLimiter {
     pub ops: Option<TokenBucket>,
 }
 
+impl TokenBucket {
+    fn limit(self) -> config::TokenBucket {
+        let Self { size, one_time_burst, refill_time } = self;
+        config::TokenBucket { size, refill_ms: refill_time, burst: one_time_burst.unwrap_or(0) }
+    }
+}
+
 impl RateLimiter {
+    /// The limits, or a change of them.
+    #[must_use]
+    pub fn limits(this: Option<Self>) -> RateLimits {
+        let Self { bandwidth, ops } = this.unwrap_or_default();
+        RateLimits { bandwidth: bandwidth.map(TokenBucket::limit), operations: ops.map(TokenBucket::limit) }
+    }
+
+    /// Limits as a client would have asked for them.
+    #[must_use]
+    pub fn of(limits: RateLimits) -> Option<Self> {
+        let bucket = |limit: config::TokenBucket| TokenBucket {
+            size: limit.size,
+            one_time_burst: Some(limit.burst).filter(|&burst| burst > 0),
+            refill_time: limit.refill_ms,
+        };
+        let this = Self { bandwidth: limits.bandwidth.map(bucket), ops: limits.operations.map(bucket) };
+        (this != Self::default()).then_some(this)
+    }
+
     /// Takes over what `patch` says.
     pub fn update(this: &mut Option<Self>, patch: Option<Self>) {
         let Some(patch) = patch else { return };

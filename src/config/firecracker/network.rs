@@ -40,6 +40,8 @@ impl NetworkInterface {
             backend: NetBackend::Tap(TapNetwork { name: self.host_dev_name.clone(), queues: 1, vhost: false }),
             mac: mac.transpose()?,
             mtu: mtu.transpose()?,
+            rx_limits: RateLimiter::limits(self.rx_rate_limiter),
+            tx_limits: RateLimiter::limits(self.tx_rate_limiter),
         })
     }
 }
