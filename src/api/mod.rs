@@ -7,6 +7,7 @@
 //! - [`client`]: a small blocking client, for the command line
 
 pub mod client;
+mod counters;
 pub mod firecracker;
 pub mod http;
 mod openapi;

@@ -113,6 +113,7 @@ fn operations() -> Vec<Operation> {
         nothing(),
         Gives::Text("application/x-ndjson"),
     );
+    add("/v2/metrics", Get, "Metrics, as Prometheus reads them", nothing(), Gives::Text(super::v2::PROMETHEUS));
     add("/v2/openapi.json", Get, "This document", nothing(), Gives::Document);
     all
 }

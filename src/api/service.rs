@@ -1,19 +1,30 @@
 //! Both APIs behind one socket.
 
+use std::sync::Arc;
+
+use super::counters::ApiCounters;
 use super::http::{Request, Response};
 use super::server::{Reply, Service};
 use super::{firecracker, v2};
-use crate::control::CallSender;
+use crate::control::{ApiCounts, CallSender};
 
 /// What the server calls.
 pub struct Api {
     owner: CallSender,
+    counters: Arc<ApiCounters>,
 }
 
 impl Api {
     #[must_use]
     pub fn new(owner: CallSender) -> Self {
-        Self { owner }
+        Self { owner, counters: Arc::default() }
+    }
+
+    /// What is counted here, for whoever shows it.
+    #[must_use]
+    pub fn counts(&self) -> ApiCounts {
+        let counters = self.counters.clone();
+        Box::new(move || counters.counts())
     }
 }
 
@@ -21,7 +32,7 @@ impl Service for Api {
     fn call(&mut self, request: Request, reply: Reply) {
         match request.path.split(['/', '?']).nth(1) {
             Some("v2") => v2::serve(&request, reply, &self.owner),
-            _ => firecracker::serve(&request, reply, &self.owner),
+            _ => firecracker::serve(&request, reply, &self.owner, &self.counters),
         }
     }
 

@@ -8,7 +8,7 @@ use super::start_error::StartError;
 use crate::api::server::{Limits, Server, ServerHandle};
 use crate::api::service::Api;
 use crate::backend::HostFiles;
-use crate::control::{Calls, calls};
+use crate::control::{ApiCounts, Calls, calls};
 
 /// A socket that is listened on. Its file goes with it, unless it is to stay.
 pub struct ApiSocket {
@@ -21,6 +21,8 @@ pub struct ApiSocket {
 /// An API that is served: calls come from there.
 pub struct RunningApi {
     pub calls: Calls,
+    /// What the API counts.
+    pub counts: Option<ApiCounts>,
     server: Option<ServerHandle>,
     _file: SocketFile,
 }
@@ -60,8 +62,10 @@ impl ApiSocket {
     pub fn serve(self) -> io::Result<RunningApi> {
         let (sender, calls) = calls()?;
         let limits = Limits { max_body: self.max_body, ..Limits::default() };
-        let server = Server::spawn(self.listener, self.thread, limits, Api::new(sender))?;
-        Ok(RunningApi { calls, server: Some(server), _file: self.file })
+        let api = Api::new(sender);
+        let counts = api.counts();
+        let server = Server::spawn(self.listener, self.thread, limits, api)?;
+        Ok(RunningApi { calls, counts: Some(counts), server: Some(server), _file: self.file })
     }
 }
 

@@ -15,7 +15,7 @@ use super::serve::{OnSignal, Served, serve};
 use super::signals::Signals;
 use super::vmm::{instance_id, read_description};
 use crate::backend::{HostFiles, OpenDirectly};
-use crate::config::firecracker::{Level, Logger};
+use crate::config::firecracker::{Level, Logger, Metrics};
 use crate::config::{SerialConfig, Transport};
 use crate::control::{FIRECRACKER_VERSION, Fault, Identity, Owner};
 use crate::machine::{End, MachineError};
@@ -172,7 +172,6 @@ fn missing(args: &FirecrackerArgs) -> Option<&'static str> {
         (args.describe_snapshot.is_some(), "--describe-snapshot"),
         (args.snapshot_version, "--snapshot-version"),
         (args.metadata.is_some(), "--metadata"),
-        (args.metrics_path.is_some(), "--metrics-path"),
         (args.mmds_size_limit.is_some(), "--mmds-size-limit"),
         (args.seccomp_filter.is_some(), "--seccomp-filter"),
     ];
@@ -201,6 +200,12 @@ fn run(args: &FirecrackerArgs, timeline: &Arc<Timeline>) -> Result<Served, Failu
     tracing::info!("Running Firecracker v{FIRECRACKER_VERSION}");
     if let Some(option) = missing(args) {
         return Err(Failure(code::BAD_ARGUMENTS, format!("{option} is not supported by this version.")));
+    }
+    if let Some(path) = &args.metrics_path {
+        let metrics = Metrics { metrics_path: path.clone() };
+        owner
+            .set_metrics(&metrics)
+            .map_err(|fault| Failure::error(format!("Could not initialize metrics: {fault}")))?;
     }
     let mut signals = Signals::block().map_err(resources("listen to signals"))?;
     let api = if args.no_api { None } else { Some(listen(&args.api_sock, args.http_api_max_payload_size)?) };

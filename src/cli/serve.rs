@@ -2,6 +2,7 @@
 
 use std::io;
 use std::os::fd::AsRawFd;
+use std::time::{Duration, Instant};
 
 use vmm_sys_util::epoll::{ControlOperation, Epoll, EpollEvent, EventSet};
 
@@ -48,10 +49,14 @@ pub fn serve(
     console: &mut Console,
     signals: &mut Signals,
     on_signal: OnSignal,
-    api: Option<RunningApi>,
+    mut api: Option<RunningApi>,
 ) -> io::Result<Served> {
+    if let Some(counts) = api.as_mut().and_then(|api| api.counts.take()) {
+        owner.count_api(counts);
+    }
     let calls = api.as_ref().map(|api| &api.calls);
     let served = serve_until(&mut owner, console, signals, on_signal, calls);
+    owner.write_metrics();
     owner.hang_up();
     drop(api);
     owner.close_disks();
@@ -76,6 +81,7 @@ fn serve_until(
     let mut input = InputWatch::default();
     let mut watched = false;
     let mut presses = 0;
+    let mut metrics = MetricsClock::default();
     loop {
         if let Some(end) = owner.end() {
             return Ok(Served::Ended(end.clone()));
@@ -100,13 +106,14 @@ fn serve_until(
         } else if console.is_busy() {
             BUSY_MS
         } else {
-            -1
+            metrics.wait(owner)
         };
         let mut events = [EpollEvent::default(); 8];
         let count = match epoll.wait(timeout, &mut events) {
             Err(error) if error.kind() == io::ErrorKind::Interrupted => 0,
             result => result?,
         };
+        metrics.look(owner);
         if count == 0
             && console.is_busy()
             && let Some(machine) = owner.machine()
@@ -147,6 +154,32 @@ fn serve_until(
                     }
                 }
             }
+        }
+    }
+}
+
+/// When the next line of metrics is due.
+#[derive(Default)]
+struct MetricsClock(Option<Instant>);
+
+const METRICS_PERIOD: Duration = Duration::from_secs(60);
+
+impl MetricsClock {
+    /// How long to wait for it, in milliseconds; for ever without a file.
+    fn wait(&mut self, owner: &Owner) -> i32 {
+        if !owner.has_metrics() {
+            return -1;
+        }
+        let due = *self.0.get_or_insert_with(|| Instant::now() + METRICS_PERIOD);
+        // Rounded up, so as not to be too early by a part of one.
+        due.saturating_duration_since(Instant::now()).as_millis() as i32 + 1
+    }
+
+    /// Has it written if it is due.
+    fn look(&mut self, owner: &mut Owner) {
+        if self.0.is_some_and(|due| due <= Instant::now()) {
+            owner.write_metrics();
+            self.0 = None;
         }
     }
 }

@@ -33,6 +33,7 @@ pub enum Call {
     Missing(&'static str, When),
     /// State, lifecycle and devices, as our own API shows them.
     GetVm,
+    GetMetrics,
     Power(Power),
 }
 
@@ -64,6 +65,8 @@ pub enum Answer {
     Done,
     /// A JSON document.
     Json(String),
+    /// Metrics, as Prometheus reads them.
+    Text(String),
 }
 
 /// Whoever waits for the answer; called once, from the owner's thread, and does not block.
@@ -79,6 +82,7 @@ impl Call {
             | Self::PutDrive(_)
             | Self::PutNetwork(_)
             | Self::GetVm
+            | Self::GetMetrics
             | Self::Power(_) => When::Always,
             Self::PutMachineConfig(_)
             | Self::PatchMachineConfig(_)

@@ -9,6 +9,7 @@
 mod call;
 mod calls;
 mod fault;
+mod metrics;
 mod owner;
 mod plan;
 mod running;
@@ -17,4 +18,5 @@ pub mod views;
 pub use self::call::{Answer, Answerer, Call, Power, When};
 pub use self::calls::{CallSender, Calls, Listener, Message, calls};
 pub use self::fault::{Fault, FaultKind};
+pub use self::metrics::ApiCounts;
 pub use self::owner::{FIRECRACKER_VERSION, Identity, Owner};

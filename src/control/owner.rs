@@ -3,6 +3,7 @@
 use std::path::Path;
 use std::sync::Arc;
 
+use super::metrics::{self, ApiCounts, MetricsFile};
 use super::plan::Plan;
 use super::views;
 use super::{Answer, Answerer, Call, Fault, Listener, Message, Power, When};
@@ -66,6 +67,8 @@ pub struct Owner {
     listeners: Vec<Listener>,
     /// Who waits for the vCPUs to be parked.
     pausing: Vec<Answerer>,
+    metrics: Option<MetricsFile>,
+    api: Option<ApiCounts>,
     /// What the listeners know.
     told: &'static str,
 }
@@ -82,6 +85,8 @@ impl Owner {
             machine: None,
             listeners: Vec::new(),
             pausing: Vec::new(),
+            metrics: None,
+            api: None,
             told: NOT_STARTED,
         }
     }
@@ -186,6 +191,7 @@ impl Owner {
         let mut machine = Machine::build(parts, &*self.host, &self.timeline)?;
         machine.start()?;
         self.machine = Some(machine);
+        self.write_metrics();
         Ok(())
     }
 
@@ -211,6 +217,44 @@ impl Owner {
     pub fn close_disks(&self) {
         if let Some(machine) = &self.machine {
             machine.close_disks();
+        }
+    }
+
+    /// Shows what the API counts among the rest.
+    pub fn count_api(&mut self, api: ApiCounts) {
+        self.api = Some(api);
+    }
+
+    fn sample(&self) -> Vec<(String, String, u64)> {
+        metrics::sample(self.machine.as_ref(), self.api.as_ref())
+    }
+
+    /// Has metrics written to a file, a line now and then one whenever [`Self::write_metrics`] is called.
+    ///
+    /// # Errors
+    /// When that has been asked for before, or the file cannot be opened.
+    pub fn set_metrics(&mut self, metrics: &fc::Metrics) -> Result<(), Fault> {
+        if self.metrics.is_some() {
+            return Err(Fault::RepeatedMetrics);
+        }
+        let path = &metrics.metrics_path;
+        let file = self.host.open(&HostFile::Log(path.clone()));
+        let file = file.map_err(|source| Fault::Open { path: path.display().to_string(), source })?;
+        self.metrics = Some(MetricsFile::new(file));
+        self.plan.description.metrics = Some(metrics.clone());
+        Ok(())
+    }
+
+    #[must_use]
+    pub fn has_metrics(&self) -> bool {
+        self.metrics.is_some()
+    }
+
+    /// Adds a line to the metrics file, if there is one.
+    pub fn write_metrics(&mut self) {
+        let sample = self.sample();
+        if let Some(Err(error)) = self.metrics.as_mut().map(|file| file.write(sample)) {
+            tracing::warn!("metrics cannot be written: {error}");
         }
     }
 
@@ -276,10 +320,12 @@ impl Owner {
             Call::PutEntropy(entropy) => self.plan.description.entropy = Some(entropy),
             Call::PutSerial(serial) => self.plan.put_serial(&serial, &*self.host)?,
             Call::PutLogger(logger) => self.set_logger(&logger)?,
-            Call::PutMetrics(_) => return Err(Fault::Missing("A metrics file")),
+            Call::PutMetrics(metrics) => self.set_metrics(&metrics)?,
+            Call::GetMetrics => return Ok(Answer::Text(metrics::prometheus(&self.sample()))),
             Call::Act(fc::ActionType::InstanceStart) => self.start()?,
             Call::Act(fc::ActionType::SendCtrlAltDel) => self.press_power_button(),
-            Call::Act(fc::ActionType::FlushMetrics) => return Err(Fault::NoMetrics),
+            Call::Act(fc::ActionType::FlushMetrics) if self.metrics.is_none() => return Err(Fault::NoMetrics),
+            Call::Act(fc::ActionType::FlushMetrics) => self.write_metrics(),
             Call::Missing(what, _) => return Err(Fault::Missing(what)),
             Call::Power(power) => self.power(power)?,
             // It may have to wait: see `set_state`.

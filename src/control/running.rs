@@ -3,6 +3,7 @@
 use super::Fault;
 use super::owner::Owner;
 use crate::config::firecracker as fc;
+use crate::config::{DiskFormat, Image};
 use crate::machine::{DeviceId, Machine, OpenDisk, OpenNic};
 
 impl Owner {
@@ -53,17 +54,22 @@ impl Owner {
     }
 
     pub(super) fn patch_drive(&mut self, patch: fc::DrivePatch) -> Result<(), Fault> {
+        let host = self.host.clone();
         let drives = &mut self.plan.description.drives;
         let Some(drive) = drives.iter_mut().find(|drive| drive.drive_id == patch.drive_id) else {
             return Err(Fault::NoSuch { what: "drive", id: patch.drive_id });
         };
         let machine = self.machine.as_mut().ok_or(Fault::BeforeStart)?;
         if patch.rate_limiter.is_some() {
-            machine.limit(&DeviceId::Disk(patch.drive_id), &[fc::RateLimiter::limits(patch.rate_limiter)])?;
+            machine.limit_disk(&drive.drive_id, &fc::RateLimiter::limits(patch.rate_limiter))?;
             fc::RateLimiter::update(&mut drive.rate_limiter, patch.rate_limiter);
         }
-        if patch.path_on_host.is_some() || patch.rate_limiter.is_none() {
-            return Err(Fault::Missing("Another file behind a running drive"));
+        // Without either, the same file is looked at again: it may have grown.
+        let same = drive.path_on_host.clone().filter(|_| patch.rate_limiter.is_none());
+        if let Some(path) = patch.path_on_host.or(same) {
+            let image = Image { format: Some(DiskFormat::Raw), backing: Vec::new() };
+            machine.replace_disk(&drive.drive_id, &path, &image, &*host)?;
+            drive.path_on_host = Some(path);
         }
         Ok(())
     }
@@ -74,8 +80,8 @@ impl Owner {
             return Err(Fault::NoSuch { what: "network interface", id: patch.iface_id });
         };
         let machine = self.machine.as_mut().ok_or(Fault::BeforeStart)?;
-        let limits = [patch.rx_rate_limiter, patch.tx_rate_limiter].map(fc::RateLimiter::limits);
-        machine.limit(&DeviceId::Nic(patch.iface_id), &limits)?;
+        let [rx, tx] = [patch.rx_rate_limiter, patch.tx_rate_limiter].map(fc::RateLimiter::limits);
+        machine.limit_nic(&patch.iface_id, &rx, &tx)?;
         fc::RateLimiter::update(&mut nic.rx_rate_limiter, patch.rx_rate_limiter);
         fc::RateLimiter::update(&mut nic.tx_rate_limiter, patch.tx_rate_limiter);
         Ok(())

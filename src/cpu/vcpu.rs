@@ -12,6 +12,7 @@ use vmm_sys_util::signal::Killable;
 use super::gate::Gate;
 use super::kick::{self, RunPage};
 use super::{EntryPoint, HostCpuid, msrs};
+use crate::observe::Exits;
 
 #[derive(Debug, Error)]
 pub enum CpuError {
@@ -61,6 +62,7 @@ pub trait ExitHandler: Send + Sync {
 pub struct Vcpu {
     fd: VcpuFd,
     id: u8,
+    pub(super) exits: Arc<Exits>,
 }
 
 impl Vcpu {
@@ -69,7 +71,7 @@ impl Vcpu {
         let fd = vm.create_vcpu(id.into()).map_err(CpuError::at("create a vCPU"))?;
         fd.set_cpuid2(&cpuid.for_vcpu(id, count)?).map_err(CpuError::at("set CPUID"))?;
         msrs::set_boot_msrs(&fd)?;
-        Ok(Self { fd, id })
+        Ok(Self { fd, id, exits: Arc::default() })
     }
 
     pub fn enter_at(&self, entry: &EntryPoint) -> Result<(), CpuError> {
@@ -109,18 +111,29 @@ impl Vcpu {
             match self.fd.run() {
                 // `rep outs` and `rep ins` come as one exit with many elements for the same port.
                 Ok(VcpuExit::IoOut(port, data)) => {
+                    self.exits.port_writes.count();
                     data.chunks(page.port_access_size()).for_each(|element| handler.port_write(port, element));
                 }
                 Ok(VcpuExit::IoIn(port, data)) => {
+                    self.exits.port_reads.count();
                     data.chunks_mut(page.port_access_size()).for_each(|element| handler.port_read(port, element));
                 }
-                Ok(VcpuExit::MmioRead(addr, data)) => handler.mmio_read(addr, data),
-                Ok(VcpuExit::MmioWrite(addr, data)) => handler.mmio_write(addr, data),
+                Ok(VcpuExit::MmioRead(addr, data)) => {
+                    self.exits.mmio_reads.count();
+                    handler.mmio_read(addr, data);
+                }
+                Ok(VcpuExit::MmioWrite(addr, data)) => {
+                    self.exits.mmio_writes.count();
+                    handler.mmio_write(addr, data);
+                }
                 Ok(VcpuExit::Shutdown) => return handler.shutdown(),
                 Ok(VcpuExit::FailEntry(reason, _)) => {
                     return handler.fault(VcpuFault::Entry { id: self.id, reason });
                 }
-                Ok(VcpuExit::InternalError) => return handler.fault(self.internal_error(page)),
+                Ok(VcpuExit::InternalError) => {
+                    self.exits.failures.count();
+                    return handler.fault(self.internal_error(page));
+                }
                 // A kick, or a signal of the host's. What it came from is finished in the guest's eyes: KVM looks for
                 // a kick after it has taken in the result of the exit before. (KVM API, 5: immediate_exit.)
                 Ok(VcpuExit::Intr) => self.come_by(page, handler, gate),

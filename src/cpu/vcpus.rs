@@ -5,6 +5,7 @@ use std::time::Duration;
 
 use super::gate::Gate;
 use super::vcpu::{CpuError, ExitHandler, Vcpu, VcpuHandle};
+use crate::observe::Exits;
 
 /// The vCPUs. Dropping them ends them, and waits for that.
 pub struct Vcpus {
@@ -12,13 +13,21 @@ pub struct Vcpus {
     waiting: Vec<Vcpu>,
     running: Vec<VcpuHandle>,
     gate: Arc<Gate>,
+    /// By vCPU.
+    exits: Vec<Arc<Exits>>,
 }
 
 impl Vcpus {
     #[must_use]
     pub fn new(vcpus: Vec<Vcpu>) -> Self {
         let gate = Arc::new(Gate::new(vcpus.len()));
-        Self { waiting: vcpus, running: Vec::new(), gate }
+        let exits = vcpus.iter().map(|vcpu| vcpu.exits.clone()).collect();
+        Self { waiting: vcpus, running: Vec::new(), gate, exits }
+    }
+
+    /// What each has left the guest for.
+    pub fn exits(&self) -> impl Iterator<Item = &Exits> {
+        self.exits.iter().map(|exits| &**exits)
     }
 
     /// Starts each in a thread of its own, called `thread` and the vCPU's number.

@@ -33,6 +33,9 @@ impl Engine for RngEngine {
             self.limiter.take(wanted as u64)?;
             // It fails, or falls short, only while the host itself has no entropy yet: the driver then asks again.
             let got = getrandom(&mut bytes[..wanted], GetRandomFlags::empty()).unwrap_or(0);
+            if got < wanted {
+                self.limiter.traffic.failed.count();
+            }
             Ok(chain.writable.copy_from(&bytes[..got]) as u32)
         })
     }

@@ -12,6 +12,7 @@ use crate::backend::Limiter;
 use crate::config::{EntropyConfig, Transport};
 use crate::devices::{Front, rng};
 use crate::memory::Ram;
+use crate::observe::Traffic;
 use crate::platform::bus::shared;
 use crate::platform::interrupts::Interrupts;
 use crate::platform::layout::{self, MmioPlace};
@@ -102,6 +103,8 @@ pub struct Devices {
     all: Vec<Device>,
     ram: Ram,
     pci: Option<Pci>,
+    /// Of the entropy device.
+    entropy: Option<Arc<Limiter>>,
     /// How many there have been, for their names in logs.
     disks: usize,
     nics: usize,
@@ -132,7 +135,7 @@ impl Devices {
             assert!(placed, "{NO_OVERLAP}");
             Pci { root, interrupts: interrupts.clone(), last_slot: 0 }
         });
-        let mut devices = Self { all: Vec::new(), ram: ram.clone(), pci, disks: 0, nics: 0 };
+        let mut devices = Self { all: Vec::new(), ram: ram.clone(), pci, entropy: None, disks: 0, nics: 0 };
         let mut places = mmio_places(transport, opened.count()).into_iter();
         for disk in opened.disks {
             let made = devices.make_disk(disk)?;
@@ -143,7 +146,9 @@ impl Devices {
             devices.put(made, &mut places, board, interrupts)?;
         }
         if let Some(EntropyConfig { limits }) = opened.entropy {
-            let front = rng::device("rng0".into(), Arc::new(Limiter::new(limits)));
+            let limiter = Arc::new(Limiter::new(limits));
+            devices.entropy = Some(limiter.clone());
+            let front = rng::device("rng0".into(), limiter);
             let front = front.map_err(MachineError::host("make the entropy device"))?;
             devices.put(Made { front, id: None, drive: None }, &mut places, board, interrupts)?;
         }
@@ -294,6 +299,10 @@ impl Devices {
 
     pub fn iter(&self) -> impl Iterator<Item = (&DeviceId, Presence)> {
         self.all.iter().map(|device| (&device.id, device.presence))
+    }
+
+    pub fn entropy_traffic(&self) -> Option<&Traffic> {
+        self.entropy.as_ref().map(|limiter| &limiter.traffic)
     }
 
     /// Brings all disks to rest.

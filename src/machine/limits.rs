@@ -9,6 +9,7 @@ use super::parts::{OpenDisk, OpenNic};
 use crate::backend::Limiter;
 use crate::config::{ConfigError, RateLimits};
 use crate::devices::net::NetLimiters;
+use crate::observe::{Exits, Traffic};
 
 /// What limits the devices that the owner has names for.
 #[derive(Default)]
@@ -46,6 +47,17 @@ impl Limits {
         }
     }
 
+    /// What each device has done: a disk, or a card in what the guest receives and in what it sends.
+    fn traffic(&self) -> impl Iterator<Item = (DeviceId, Vec<&Traffic>)> {
+        let disks = self.disks.iter().map(|(id, disk)| (DeviceId::Disk(id.clone()), vec![&disk.traffic]));
+        let nics = self.nics.iter().filter_map(|(id, nic)| match nic {
+            NicLimiters::Both(nic) => Some((DeviceId::Nic(id.clone()), vec![&nic.rx.traffic, &nic.tx.traffic])),
+            // The host's kernel does not tell us.
+            NicLimiters::Vhost(_) => None,
+        });
+        disks.chain(nics)
+    }
+
     fn limit_disk(&self, id: &str, limits: &RateLimits) -> Result<(), MachineError> {
         let disk = self.disks.iter().find(|disk| disk.0 == id);
         let (_, limiter) = disk.ok_or_else(|| PlugError::Unknown(DeviceId::Disk(id.to_owned())))?;
@@ -68,6 +80,22 @@ impl Limits {
 }
 
 impl Machine {
+    /// What each device has done: a disk, or a card in what the guest receives and in what it sends.
+    pub fn traffic(&self) -> impl Iterator<Item = (DeviceId, Vec<&Traffic>)> {
+        self.limits.traffic()
+    }
+
+    /// The same of the entropy device, if there is one.
+    #[must_use]
+    pub fn entropy_traffic(&self) -> Option<&Traffic> {
+        self.devices.entropy_traffic()
+    }
+
+    /// What each vCPU has left the guest for.
+    pub fn exits(&self) -> impl Iterator<Item = &Exits> {
+        self.vcpus.exits()
+    }
+
     /// Changes the limits of a disk, at once also for what waits: a limit that is given replaces the one before, with a
     /// full bucket, or takes it away if it is none; what is absent stays as it is.
     ///

@@ -1,9 +1,11 @@
 //! Logs and the boot timeline.
 
+mod counters;
 mod log;
 mod time;
 mod timeline;
 
+pub use counters::{Counter, Exits, Traffic};
 pub use log::{Choice, GuestLimiter, TERMINAL_IS_RAW, change_log, init_firecracker_log, init_log};
 pub use time::rfc3339;
 pub use timeline::{Milestone, Timeline};

@@ -73,6 +73,12 @@ fn devices_come_and_go_on_pci_only() {
     vm.put("/drives/d", &drive("d", false, &disk));
     assert_eq!(vm.get("/v2/vm")["devices"][0]["id"], "d");
     vm.fault("PUT", "/drives/d", &drive("d", false, &disk));
+    let other = disk_with(vm.dir.path(), "other", &[1; 4096]);
+    vm.patch("/drives/d", &format!(r#"{{"drive_id":"d","path_on_host":{other:?}}}"#));
+    assert_eq!(vm.get("/vm/config")["drives"][0]["path_on_host"], other.to_str().unwrap());
+    vm.patch("/drives/d", r#"{"drive_id":"d"}"#);
+    vm.expect_fault("PATCH", "/drives/d", r#"{"drive_id":"d","path_on_host":"/nowhere"}"#, "/nowhere");
+    assert_eq!(vm.get("/vm/config")["drives"][0]["path_on_host"], other.to_str().unwrap());
     vm.change("DELETE", "/drives/d", "");
     // This guest does not know of ACPI: the device stays until it lets go.
     assert_eq!(vm.get("/v2/vm")["devices"][0]["state"], "leaving");

@@ -82,6 +82,36 @@ fn it_logs_what_tools_look_for() {
 }
 
 #[test]
+fn metrics_are_lines_of_what_happened_since_the_last_one() {
+    let vm = Vm::start(firecracker());
+    let (file, disk) = (vm.path("metrics"), vm.path("disk"));
+    std::fs::write(&disk, vec![7; 1 << 20]).unwrap();
+    let body = format!(r#"{{"metrics_path":{file:?}}}"#);
+    vm.put("/metrics", &body);
+    vm.expect_fault("PUT", "/metrics", &body, "set up already");
+    vm.put("/drives/root", &crate::vm::drive("root", true, &disk));
+    vm.put_kernel("hello", "end=halt");
+    vm.act("InstanceStart");
+    vm.running.output.wait_for("\nend\n", LIMIT);
+    vm.act("FlushMetrics");
+    vm.act("FlushMetrics");
+    let text = std::fs::read_to_string(&file).unwrap();
+    let lines: Vec<serde_json::Value> = text.lines().map(|line| serde_json::from_str(line).unwrap()).collect();
+    assert_eq!(lines.len(), 3, "{text}");
+    assert_eq!(lines[0]["put_api_requests"]["drive_count"], 1);
+    assert_eq!(lines[0]["put_api_requests"]["metrics_fails"], 1);
+    assert!(lines[1]["vcpu"]["exit_io_out"].as_u64().unwrap() > 100, "{text}");
+    assert_eq!(lines[1]["put_api_requests"]["drive_count"], 0);
+    assert_eq!(lines[1]["block_root"]["read_count"], 0);
+    assert_eq!(lines[2]["put_api_requests"]["actions_count"], 1);
+    let prometheus = vm.ask("GET", "/v2/metrics", None);
+    let text = String::from_utf8(prometheus.body).unwrap();
+    assert!(text.contains("\ntranche_put_api_requests_drive_total 1\n"), "{text}");
+    assert!(text.contains("tranche_block_read_bytes_total{id=\"root\"} 0\n"), "{text}");
+    vm.kill().expect_code(0);
+}
+
+#[test]
 fn threads_have_the_names_that_tools_know() {
     let vm = Vm::start(firecracker());
     vm.put("/machine-config", r#"{"vcpu_count":2,"mem_size_mib":64}"#);

@@ -2,11 +2,14 @@
 
 mod routes;
 
+use std::sync::Arc;
+
 use serde::Serialize;
 use utoipa::ToSchema;
 
 pub use self::routes::{BadRequest, Routed, route};
 
+use super::counters::ApiCounters;
 use super::http::{Request, Response};
 use super::server::Reply;
 use crate::control::{Answer, CallSender};
@@ -24,17 +27,23 @@ pub fn fault(status: u16, text: &str) -> Response {
 }
 
 /// Hands a request on to the owner, or answers why it cannot be.
-pub fn serve(request: &Request, reply: Reply, owner: &CallSender) {
+pub fn serve(request: &Request, reply: Reply, owner: &CallSender, counters: &Arc<ApiCounters>) {
     log_request(request);
+    let place = ApiCounters::place(request.method.as_str(), &request.path);
+    let counters = counters.clone();
     match route(&request.method, &request.path, &request.body) {
         Ok(Routed { call, deprecated }) => owner.send(
             call,
             Box::new(move |answer| {
+                counters.count(place, answer.is_err(), deprecated);
                 let answer = answer.map_err(|fault| fault.to_string());
                 finish(reply, deprecated, answer);
             }),
         ),
-        Err(error) => finish(reply, false, Err(error.to_string())),
+        Err(error) => {
+            counters.count(place, true, false);
+            finish(reply, false, Err(error.to_string()));
+        }
     }
 }
 
@@ -43,7 +52,7 @@ fn finish(reply: Reply, deprecated: bool, answer: Result<Answer, String>) {
         Ok(answer) => {
             let response = match answer {
                 Answer::Done => Response::no_content(),
-                Answer::Json(body) => Response::json(200, body),
+                Answer::Json(body) | Answer::Text(body) => Response::json(200, body),
             };
             let title = if response.status == 204 { "No Content" } else { "OK" };
             tracing::info!("The request was executed successfully. Status code: {} {title}.", response.status);

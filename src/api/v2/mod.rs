@@ -17,6 +17,8 @@ pub struct Problem {
     pub detail: String,
 }
 
+/// The kind of text that Prometheus reads.
+pub const PROMETHEUS: &str = "text/plain; version=0.0.4";
 const PROBLEM: &str = "application/problem+json";
 
 /// The body of `PUT /v2/vm/power`.
@@ -60,8 +62,13 @@ enum Route {
 }
 
 /// The paths there are, and what each takes.
-const PATHS: [(&str, &str); 4] =
-    [("/v2/vm", "GET"), ("/v2/vm/power", "PUT"), ("/v2/events", "GET"), ("/v2/openapi.json", "GET")];
+const PATHS: [(&str, &str); 5] = [
+    ("/v2/vm", "GET"),
+    ("/v2/vm/power", "PUT"),
+    ("/v2/events", "GET"),
+    ("/v2/metrics", "GET"),
+    ("/v2/openapi.json", "GET"),
+];
 
 fn route(request: &Request) -> Result<Route, Response> {
     let path = request.path.split('?').next().unwrap_or_default();
@@ -78,6 +85,7 @@ fn route(request: &Request) -> Result<Route, Response> {
     Ok(match path {
         "/v2/vm" => Route::Call(Call::GetVm),
         "/v2/events" => Route::Events,
+        "/v2/metrics" => Route::Call(Call::GetMetrics),
         "/v2/openapi.json" => Route::OpenApi,
         _ => {
             let request: PowerRequest = serde_json::from_slice(&request.body)
@@ -97,6 +105,7 @@ pub fn serve(request: &Request, reply: Reply, owner: &CallSender) {
                 reply.send(match answer {
                     Ok(Answer::Done) => Response::no_content(),
                     Ok(Answer::Json(body)) => Response::json(200, body),
+                    Ok(Answer::Text(body)) => Response::new(200, PROMETHEUS, body),
                     Err(error) => fault(&error),
                 });
             }),

@@ -13,6 +13,7 @@ use vmm_sys_util::eventfd::EventFd;
 
 use self::bucket::Bucket;
 use crate::config::RateLimits;
+use crate::observe::Traffic;
 
 /// A request cannot pass before so much time is over.
 #[derive(Debug, Clone, Copy, PartialEq, Eq)]
@@ -24,6 +25,8 @@ pub struct Wait(pub Duration);
 #[derive(Debug)]
 pub struct Limiter {
     limited: AtomicBool,
+    /// It sees every request, and so it counts them.
+    pub traffic: Traffic,
     state: Mutex<State>,
 }
 
@@ -41,7 +44,7 @@ impl Default for Limiter {
     /// Without limits.
     fn default() -> Self {
         let state = State { bandwidth: None, operations: None, bells: Vec::new(), start: Instant::now() };
-        Self { limited: AtomicBool::new(false), state: Mutex::new(state) }
+        Self { limited: AtomicBool::new(false), traffic: Traffic::default(), state: Mutex::new(state) }
     }
 }
 
@@ -81,14 +84,19 @@ impl Limiter {
     /// # Errors
     /// How long it has to wait at least before it may ask again.
     pub fn take(&self, bytes: u64) -> Result<(), Wait> {
-        if !self.limited.load(Ordering::Relaxed) {
-            return Ok(());
+        if self.limited.load(Ordering::Relaxed) {
+            let mut state = self.lock();
+            // One without data does not ask for bandwidth.
+            state.check(bytes > 0).inspect_err(|_| self.traffic.throttled.count())?;
+            state.charge(bytes);
         }
-        let mut state = self.lock();
-        // One without data does not ask for bandwidth.
-        state.check(bytes > 0)?;
-        state.charge(bytes);
+        self.count(bytes);
         Ok(())
+    }
+
+    fn count(&self, bytes: u64) {
+        self.traffic.operations.count();
+        self.traffic.bytes.add(bytes);
     }
 
     /// Would a request with data pass? For one whose length is known only when it has begun: it is charged then.
@@ -99,7 +107,7 @@ impl Limiter {
         if !self.limited.load(Ordering::Relaxed) {
             return Ok(());
         }
-        self.lock().check(true)
+        self.lock().check(true).inspect_err(|_| self.traffic.throttled.count())
     }
 
     /// Takes the tokens of a request that has passed [`Self::check`].
@@ -107,6 +115,7 @@ impl Limiter {
         if self.limited.load(Ordering::Relaxed) {
             self.lock().charge(bytes);
         }
+        self.count(bytes);
     }
 
     /// Has a bell rung whenever the limits change.

@@ -46,11 +46,22 @@ impl SyncEngine {
 
     /// Lets a request pass that is within the limits. One that will be refused is an operation, too.
     pub fn admit(&self, request: &Result<Request, Failure>, chain: &Chain) -> Result<(), Wait> {
-        self.limiter.take(match request {
-            Ok(Request::Read { .. }) => chain.writable.len() as u64,
-            Ok(Request::Write { .. }) => chain.readable.len() as u64,
-            _ => 0,
-        })
+        let traffic = &self.limiter.traffic;
+        match request {
+            Ok(Request::Read { .. }) => self.limiter.take(chain.writable.len() as u64)?,
+            Ok(Request::Write { .. }) => {
+                let bytes = chain.readable.len() as u64;
+                self.limiter.take(bytes)?;
+                traffic.writes.count();
+                traffic.written_bytes.add(bytes);
+            }
+            Ok(Request::Flush) => {
+                self.limiter.take(0)?;
+                traffic.flushes.count();
+            }
+            _ => self.limiter.take(0)?,
+        }
+        Ok(())
     }
 
     /// Where the chain's answer goes.
@@ -64,6 +75,9 @@ impl SyncEngine {
 
     /// Answers a request, see [`Answer::give`]; tells the log of the host's errors.
     pub fn give(&self, answer: Answer, ram: &Ram, result: &Result<usize, Failure>) -> u32 {
+        if result.is_err() {
+            self.limiter.traffic.failed.count();
+        }
         if let Err(Failure::Host(error)) = result {
             guest_warning!("{}: {}: {error}", self.name, self.disk.path().display());
         }

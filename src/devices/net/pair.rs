@@ -64,6 +64,7 @@ impl PairEngine {
                 }
                 Ok(len) => {
                     self.dropped += 1;
+                    self.limiters.rx.traffic.failed.count();
                     guest_warning!("{}: a packet of {len} bytes does not fit, {} dropped", self.name, self.dropped);
                 }
                 Err(error) if error.kind() == io::ErrorKind::WouldBlock => return Ok(Served::NoWork),
@@ -85,6 +86,7 @@ impl PairEngine {
         };
         if let Err(error) = sent {
             self.dropped += 1;
+            self.limiters.tx.traffic.failed.count();
             let hint = if error.raw_os_error() == Some(libc::EIO) { " (is it up?)" } else { "" };
             guest_warning!(
                 "{}: tap {} does not take a packet of {} bytes: {error}{hint}, {} dropped",

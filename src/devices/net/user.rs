@@ -78,6 +78,7 @@ impl UserEngine {
             }
             self.passt.frames.consume();
             self.dropped += 1;
+            self.limiters.rx.traffic.failed.count();
             guest_warning!("{}: a packet of {len} bytes does not fit, {} dropped", self.name, self.dropped);
         }
         Ok(Served::TurnOver)
@@ -113,6 +114,7 @@ impl UserEngine {
     fn send_packet(&mut self, packet: &mut IoBuf) -> Result<(), FrameError> {
         if !PACKET.contains(&packet.len()) {
             self.dropped += 1;
+            self.limiters.tx.traffic.failed.count();
             guest_warning!("{}: no packet has {} bytes, {} dropped", self.name, packet.len(), self.dropped);
             return Ok(());
         }
