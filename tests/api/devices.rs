@@ -15,7 +15,7 @@ fn a_guest_reads_its_drive() {
         vm.put("/drives/d", &drive("d", false, &disk));
         vm.put_kernel("block", if pci { "" } else { "transport=mmio" });
         vm.act("InstanceStart");
-        vm.running.output.wait_for("done: ", LIMIT);
+        vm.running.output.wait_for(" failed\n", LIMIT);
         let text = vm.running.output.text();
         assert!(text.contains(", 0 failed"), "{text}");
         vm.running.wait(LIMIT).expect_code(0);
@@ -37,7 +37,7 @@ fn limits_count_at_once_and_so_does_their_end() {
     assert_eq!(vm.get("/vm/config")["drives"][0]["rate_limiter"]["ops"]["size"], 2);
     assert_eq!(vm.get("/")["state"], "Running");
     vm.patch("/drives/d", r#"{"drive_id":"d","rate_limiter":{"ops":{"size":0,"refill_time":0}}}"#);
-    vm.running.output.wait_for("done: ", LIMIT);
+    vm.running.output.wait_for(" failed\n", LIMIT);
     let text = vm.running.output.text();
     assert!(text.contains(", 0 failed"), "{text}");
     vm.running.wait(LIMIT).expect_code(0);
