@@ -150,6 +150,8 @@ impl Owner {
             match notice {
                 Notice::Paused => self.settle_pauses(),
                 Notice::Unplugged(device) => self.forget(&device),
+                // It was answered when it had begun.
+                Notice::Replaced(_) => {}
             }
         }
         if self.end().is_some() {

@@ -9,7 +9,7 @@ use super::events::EventQueue;
 use super::{DeviceId, Machine, Notice};
 use crate::backend::disk::DiskCloser;
 use crate::backend::{Disk, HostFiles};
-use crate::config::{DiskConfig, Image};
+use crate::config::{DiskConfig, DiskFormat, Image};
 use crate::devices::block::{Change, Rings, Tray};
 use crate::virtio::DeviceEvents;
 
@@ -35,7 +35,7 @@ impl Drive {
         driver: &Arc<dyn DeviceEvents>,
         owner: Arc<EventQueue>,
     ) -> Result<(), MachineError> {
-        let same = if *image == Image::default() { self.disk.with_size_of_now(host, path)? } else { None };
+        let same = if image.format != Some(DiskFormat::Qcow2) { self.disk.with_size_of_now(host, path)? } else { None };
         let disk = match same {
             Some(disk) => disk,
             None => Disk::open_image(host, path, self.config.read_only, image)?,
