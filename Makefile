@@ -12,7 +12,7 @@ SCRIPTS := $(shell grep -lE '^\#!/bin/(ba)?sh' .ci/run $$(find tests resources f
            resources/linux/initrd-init tests/lab/init
 
 .DEFAULT_GOAL := help
-.PHONY: help run test lint bench soak install manual clean release setup guest small-kernel
+.PHONY: help run test lint bench soak install manual clean release setup guest clients small-kernel
 
 help: ## say what there is
 	@awk -F ':.*## ' '/^[a-z-]+:.*## / { printf "  make %-12s %s\n", $$1, $$2 }' $(MAKEFILE_LIST)
@@ -20,7 +20,7 @@ help: ## say what there is
 run: release setup guest ## boot Debian's cloud kernel to a shell (in an emulated machine without VT-x or AMD-V)
 	@resources/linux/run $(RELEASE) $(GUEST)
 
-test: setup guest ## run all tests, those with real guests too
+test: setup guest clients ## run all tests, those with real guests too
 	$(CARGO) test --profile test-release --lib --bins --examples $(addprefix --test ,$(NATIVE))
 	$(CARGO) test --profile test-release --doc
 	TRANCHE_GUEST_DIR=$(GUEST) CARGO_TARGET_X86_64_UNKNOWN_LINUX_GNU_RUNNER=$(CURDIR)/tests/lab/run-tests \
@@ -30,6 +30,7 @@ test: setup guest ## run all tests, those with real guests too
 lint: ## check format, code and scripts
 	$(CARGO) fmt --check
 	$(CARGO) fmt --check --manifest-path fuzz/Cargo.toml
+	$(CARGO) fmt --check --manifest-path tests/clients/fctools/Cargo.toml
 	$(CARGO) clippy --all-targets -- -D warnings
 	$(CARGO) clippy --lib --features fuzzing -- -D warnings
 	@if command -v cargo-deny > /dev/null; then $(CARGO) deny check licenses bans sources; \
@@ -71,6 +72,9 @@ guest: setup ## build the guest images in target/guest
 	@resources/linux/build-rootfs $(GUEST)
 	@resources/linux/build-roots $(GUEST)
 	@resources/kernel/build --cached $(GUEST)
+
+clients: setup ## get the clients that drive the API in tests, in target/clients
+	@tests/clients/prepare
 
 small-kernel: ## build the small kernel for MMIO guests, in target/guest/small (ten minutes, once)
 	@resources/kernel/build $(GUEST)

@@ -150,7 +150,10 @@ pub fn main(start: Instant) -> ExitCode {
             tracing::error!("{fault}");
             code::ERROR
         }
-        Ok(Served::Ended(_)) => code::OK,
+        Ok(Served::Ended(_)) => {
+            tracing::info!("Vmm is stopping.");
+            code::OK
+        }
         Err(Failure(code, text)) => {
             exit::say(&format!("{text}\n"));
             tracing::error!("{text}");

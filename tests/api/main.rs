@@ -10,4 +10,5 @@ mod endings;
 mod lifecycle;
 mod personality;
 mod rules;
+mod schemathesis;
 mod vm;

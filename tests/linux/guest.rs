@@ -14,8 +14,11 @@ use crate::support::{Ended, Running, disk_with, tranche};
 /// For a boot and a short script, on an emulated KVM on a busy machine.
 pub const LIMIT: Duration = Duration::from_secs(400);
 
-/// One guest at a time.
-static TURN: Mutex<()> = Mutex::new(());
+/// One guest at a time: this one's turn lasts as long as what is given.
+pub fn turn() -> MutexGuard<'static, ()> {
+    static TURN: Mutex<()> = Mutex::new(());
+    TURN.lock().unwrap_or_else(PoisonError::into_inner)
+}
 
 pub fn assets() -> PathBuf {
     PathBuf::from(std::env::var_os("TRANCHE_GUEST_DIR").expect("TRANCHE_GUEST_DIR names the guest images"))
@@ -46,7 +49,7 @@ impl Guest {
 
     /// A guest with nothing but a kernel: `--kernel`'s text.
     pub fn on_kernel(kernel: impl AsRef<OsStr>) -> Self {
-        let turn = TURN.lock().unwrap_or_else(PoisonError::into_inner);
+        let turn = turn();
         let mut command = tranche();
         command.arg("run").arg("--kernel").arg(kernel.as_ref());
         Self { dir: TempDir::new().unwrap(), command, cmdline: "quiet".into(), _turn: turn }

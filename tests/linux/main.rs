@@ -8,6 +8,7 @@ mod support;
 
 mod boot;
 mod bundles;
+mod clients;
 mod disk;
 mod endings;
 mod guest;

@@ -166,6 +166,12 @@ pub fn not_tested(what: &str) {
     let _ = std::io::stderr().write_all(format!("\n*** NOT TESTED: {what}\n").as_bytes());
 }
 
+/// A program among what `tests/clients/prepare` has prepared.
+pub fn prepared_client(name: &str) -> Option<PathBuf> {
+    let path = Path::new(env!("CARGO_MANIFEST_DIR")).join("target/clients").join(name);
+    path.exists().then_some(path)
+}
+
 /// A file with `content`, filled with zeroes up to a multiple of 512 bytes.
 pub fn disk_with(dir: &Path, name: &str, content: &[u8]) -> PathBuf {
     let path = dir.join(name);
