@@ -4,7 +4,7 @@
 //! usage: fctools-client FIRECRACKER SOCKET KERNEL INITRD ROOTFS DATA TAP
 //! DATA is a disk the guest writes to. TAP's other side is 172.30.9.1.
 
-use std::path::PathBuf;
+use std::path::{Path, PathBuf};
 use std::time::Duration;
 
 use fctools::process_spawner::DirectProcessSpawner;
@@ -12,8 +12,8 @@ use fctools::runtime::tokio::TokioRuntime;
 use fctools::vm::api::VmApi;
 use fctools::vm::configuration::{InitMethod, VmConfiguration, VmConfigurationData};
 use fctools::vm::models::{
-    BootSource, Drive, DriveCacheType, EntropyDevice, MachineConfiguration, NetworkInterface, RateLimiter, TokenBucket,
-    UpdateDrive,
+    BootSource, Drive, DriveCacheType, EntropyDevice, MachineConfiguration, MetricsSystem, NetworkInterface,
+    RateLimiter, TokenBucket, UpdateDrive,
 };
 use fctools::vm::shutdown::{VmShutdownAction, VmShutdownMethod};
 use fctools::vm::{Vm, VmState};
@@ -24,7 +24,7 @@ use fctools::vmm::id::VmmId;
 use fctools::vmm::installation::VmmInstallation;
 use fctools::vmm::ownership::VmmOwnershipModel;
 use fctools::vmm::resource::system::ResourceSystem;
-use fctools::vmm::resource::{MovedResourceType, Resource, ResourceType};
+use fctools::vmm::resource::{CreatedResourceType, MovedResourceType, Resource, ResourceType};
 use futures_util::{AsyncReadExt, AsyncWriteExt};
 
 /// For anything that a guest does on an emulated KVM on a busy machine.
@@ -76,17 +76,18 @@ fn drive(id: &str, root: bool, block: Resource) -> Drive {
 async fn run(paths: [PathBuf; 6], tap: String) {
     let [firecracker, socket, kernel, initrd, rootfs, data] = paths;
     let mut resources = ResourceSystem::new(DirectProcessSpawner, TokioRuntime, VmmOwnershipModel::Shared);
-    let mut file = |path: PathBuf| {
-        resources.create_resource(path, ResourceType::Moved(MovedResourceType::HardLinkedOrCopied)).unwrap()
-    };
+    let metrics = socket.with_file_name("metrics");
+    let mut resource = |path: &Path, kind| resources.create_resource(path, kind).unwrap();
+    let metrics_file = resource(&metrics, ResourceType::Created(CreatedResourceType::File));
+    let mut file = |path: &Path| resource(path, ResourceType::Moved(MovedResourceType::HardLinkedOrCopied));
     let bucket = |size| TokenBucket { size, one_time_burst: None, refill_time: 100 };
     let description = VmConfigurationData {
         boot_source: BootSource {
-            kernel_image: file(kernel),
+            kernel_image: file(&kernel),
             boot_args: Some("console=ttyS0 reboot=k panic=1 quiet tranche.ip=172.30.9.2/24".into()),
-            initrd: Some(file(initrd)),
+            initrd: Some(file(&initrd)),
         },
-        drives: vec![drive("rootfs", true, file(rootfs)), drive("data", false, file(data.clone()))],
+        drives: vec![drive("rootfs", true, file(&rootfs)), drive("data", false, file(&data))],
         pmem_devices: Vec::new(),
         machine_configuration: MachineConfiguration {
             vcpu_count: 2,
@@ -106,7 +107,7 @@ async fn run(paths: [PathBuf; 6], tap: String) {
         balloon_device: None,
         vsock_device: None,
         logger_system: None,
-        metrics_system: None,
+        metrics_system: Some(MetricsSystem { metrics: metrics_file }),
         memory_hotplug_configuration: None,
         mmds_configuration: None,
         entropy_device: Some(EntropyDevice::default()),
@@ -147,6 +148,10 @@ async fn run(paths: [PathBuf; 6], tap: String) {
     console.wait_for("written=2").await;
     let written = std::fs::read(data).unwrap();
     assert!(written.starts_with(b"from-the-guest\n"), "what the guest has written is not on its disk");
+
+    vm.flush_metrics().await.unwrap();
+    let lines = std::fs::read_to_string(metrics).unwrap();
+    assert!(lines.lines().count() >= 2 && lines.ends_with("}\n"), "no metrics: {lines}");
 
     let button = VmShutdownAction { method: VmShutdownMethod::CtrlAltDel, timeout: Some(LIMIT), graceful: true };
     let outcome = vm.shutdown([button]).await.unwrap();
