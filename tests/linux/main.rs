@@ -12,6 +12,7 @@ mod clients;
 mod disk;
 mod endings;
 mod guest;
+mod hotplug;
 mod mmio;
 mod net;
 mod qcow2;
