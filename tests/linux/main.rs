@@ -15,6 +15,7 @@ mod guest;
 mod hotplug;
 mod mmio;
 mod net;
+mod pause;
 mod qcow2;
 mod queues;
 mod small_kernel;
