@@ -3,13 +3,14 @@
 //! - [`http`]: requests and answers, and the parser that reads requests out of hostile bytes
 //! - [`server`]: one thread that serves up to ten clients and never waits for any of them
 //! - [`service`]: which of the two APIs a request is for: [`firecracker`]'s, or ours ([`v2`])
-//! - `openapi`: both of them, described
+//! - `openapi` (of tests): what docs/openapi.json has to be, which describes both of them
 //! - [`client`]: a small blocking client, for the command line
 
 pub mod client;
 mod counters;
 pub mod firecracker;
 pub mod http;
+#[cfg(test)]
 mod openapi;
 pub mod server;
 pub mod service;

@@ -1,4 +1,5 @@
-//! The description of both APIs, OpenAPI 3.1, derived from the types that are read and written.
+//! The description of both APIs, OpenAPI 3.1, derived from the types that are read and written: docs/openapi.json has to be
+//! this. It is derived in tests only, as that takes a megabyte of code.
 
 use std::collections::BTreeMap;
 use utoipa::ToSchema;
@@ -140,7 +141,7 @@ pub fn document() -> String {
         .description(Some("A VM's API on its unix socket: Firecracker's, and below /v2 Tranche's own."));
     let components = ComponentsBuilder::new().schemas_from_iter(schemas).build();
     let document = OpenApiBuilder::new().info(info.build()).paths(paths).components(Some(components)).build();
-    document.to_json().unwrap_or_default()
+    document.to_pretty_json().unwrap_or_default() + "\n"
 }
 
 fn build(operation: Operation, schemas: &mut Schemas) -> OperationBuilder {
@@ -207,10 +208,20 @@ fn build(operation: Operation, schemas: &mut Schemas) -> OperationBuilder {
     built.responses(responses.build())
 }
 
-#[cfg(test)]
 mod tests {
     use super::*;
     use serde_json::Value;
+
+    /// With `WRITE_OPENAPI=1` it is made so.
+    #[test]
+    fn the_document_in_docs_is_that_of_the_types() {
+        let path = concat!(env!("CARGO_MANIFEST_DIR"), "/docs/openapi.json");
+        if std::env::var_os("WRITE_OPENAPI").is_some() {
+            std::fs::write(path, document()).unwrap();
+        }
+        let kept = std::fs::read_to_string(path).unwrap();
+        assert!(kept == document(), "run WRITE_OPENAPI=1 cargo test --lib openapi, and look at the difference");
+    }
 
     #[test]
     fn the_document_is_whole() {

@@ -12,7 +12,8 @@ use crate::config::firecracker as fc;
 use crate::machine::{DeviceId, Machine, Presence};
 use crate::observe::rfc3339;
 
-#[derive(Serialize, utoipa::ToSchema)]
+#[derive(Serialize)]
+#[cfg_attr(test, derive(utoipa::ToSchema))]
 pub struct Instance<'a> {
     id: &'a str,
     state: &'a str,
@@ -20,13 +21,15 @@ pub struct Instance<'a> {
     app_name: &'a str,
 }
 
-#[derive(Serialize, utoipa::ToSchema)]
+#[derive(Serialize)]
+#[cfg_attr(test, derive(utoipa::ToSchema))]
 pub struct Version<'a> {
     firecracker_version: &'a str,
 }
 
 /// `GET /v2/vm`.
-#[derive(Serialize, utoipa::ToSchema)]
+#[derive(Serialize)]
+#[cfg_attr(test, derive(utoipa::ToSchema))]
 pub struct Vm<'a> {
     id: &'a str,
     state: &'a str,
@@ -38,7 +41,8 @@ pub struct Vm<'a> {
 }
 
 /// A device of the guest, or of the guest to be.
-#[derive(Serialize, utoipa::ToSchema)]
+#[derive(Serialize)]
+#[cfg_attr(test, derive(utoipa::ToSchema))]
 pub struct Device<'a> {
     kind: &'a str,
     id: &'a str,
@@ -47,7 +51,8 @@ pub struct Device<'a> {
 }
 
 /// A line of `GET /v2/events`.
-#[derive(Serialize, utoipa::ToSchema)]
+#[derive(Serialize)]
+#[cfg_attr(test, derive(utoipa::ToSchema))]
 struct StateEvent<'a> {
     time: String,
     event: &'a str,

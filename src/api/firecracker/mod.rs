@@ -5,7 +5,6 @@ mod routes;
 use std::sync::Arc;
 
 use serde::Serialize;
-use utoipa::ToSchema;
 
 pub use self::routes::{BadRequest, Routed, route};
 
@@ -15,7 +14,8 @@ use super::server::Reply;
 use crate::control::{Answer, CallSender};
 
 /// The body of an error.
-#[derive(Serialize, ToSchema)]
+#[derive(Serialize)]
+#[cfg_attr(test, derive(utoipa::ToSchema))]
 pub struct Fault {
     pub fault_message: String,
 }

@@ -7,7 +7,8 @@ use serde::{Deserialize, Serialize};
 use super::{InvalidValue, RateLimiter, check_id};
 use crate::config::{CacheMode, DiskConfig, DiskFormat, Image, IoEngine};
 
-#[derive(Debug, Clone, PartialEq, Eq, Serialize, Deserialize, utoipa::ToSchema)]
+#[derive(Debug, Clone, PartialEq, Eq, Serialize, Deserialize)]
+#[cfg_attr(test, derive(utoipa::ToSchema))]
 #[serde(deny_unknown_fields)]
 pub struct Drive {
     pub drive_id: String,
@@ -15,34 +16,37 @@ pub struct Drive {
     pub is_root_device: bool,
     pub cache_type: Option<CacheType>,
     pub is_read_only: Option<bool>,
-    #[schema(value_type = Option<String>)]
+    #[cfg_attr(test, schema(value_type = Option<String>))]
     pub path_on_host: Option<PathBuf>,
     pub rate_limiter: Option<RateLimiter>,
     pub io_engine: Option<DriveEngine>,
     /// Of a vhost-user back end.
-    #[schema(value_type = Option<String>)]
+    #[cfg_attr(test, schema(value_type = Option<String>))]
     pub socket: Option<PathBuf>,
 }
 
 /// Does the drive offer flushes?
-#[derive(Debug, Clone, Copy, PartialEq, Eq, Serialize, Deserialize, utoipa::ToSchema)]
+#[derive(Debug, Clone, Copy, PartialEq, Eq, Serialize, Deserialize)]
+#[cfg_attr(test, derive(utoipa::ToSchema))]
 pub enum CacheType {
     Unsafe,
     Writeback,
 }
 
-#[derive(Debug, Clone, Copy, PartialEq, Eq, Serialize, Deserialize, utoipa::ToSchema)]
+#[derive(Debug, Clone, Copy, PartialEq, Eq, Serialize, Deserialize)]
+#[cfg_attr(test, derive(utoipa::ToSchema))]
 pub enum DriveEngine {
     Sync,
     Async,
 }
 
 /// A change of a drive that the guest has.
-#[derive(Debug, Clone, PartialEq, Eq, Deserialize, utoipa::ToSchema)]
+#[derive(Debug, Clone, PartialEq, Eq, Deserialize)]
+#[cfg_attr(test, derive(utoipa::ToSchema))]
 #[serde(deny_unknown_fields)]
 pub struct DrivePatch {
     pub drive_id: String,
-    #[schema(value_type = Option<String>)]
+    #[cfg_attr(test, schema(value_type = Option<String>))]
     pub path_on_host: Option<PathBuf>,
     pub rate_limiter: Option<RateLimiter>,
 }

@@ -10,18 +10,20 @@ use super::to_come::CpuTemplate;
 /// Most vCPUs that Firecracker's clients may ask for.
 const MAX_VCPUS: u8 = 32;
 
-#[derive(Debug, Clone, PartialEq, Eq, Serialize, Deserialize, utoipa::ToSchema)]
+#[derive(Debug, Clone, PartialEq, Eq, Serialize, Deserialize)]
+#[cfg_attr(test, derive(utoipa::ToSchema))]
 #[serde(deny_unknown_fields)]
 pub struct BootSource {
-    #[schema(value_type = String)]
+    #[cfg_attr(test, schema(value_type = String))]
     pub kernel_image_path: PathBuf,
-    #[schema(value_type = Option<String>)]
+    #[cfg_attr(test, schema(value_type = Option<String>))]
     pub initrd_path: Option<PathBuf>,
     pub boot_args: Option<String>,
 }
 
 /// The memory's pages on the host. Transparent ones are always asked for.
-#[derive(Debug, Clone, Copy, Default, PartialEq, Eq, Serialize, Deserialize, utoipa::ToSchema)]
+#[derive(Debug, Clone, Copy, Default, PartialEq, Eq, Serialize, Deserialize)]
+#[cfg_attr(test, derive(utoipa::ToSchema))]
 pub enum HugePages {
     #[default]
     None,
@@ -30,7 +32,8 @@ pub enum HugePages {
     TwoMiB,
 }
 
-#[derive(Debug, Clone, Copy, PartialEq, Eq, Serialize, Deserialize, utoipa::ToSchema)]
+#[derive(Debug, Clone, Copy, PartialEq, Eq, Serialize, Deserialize)]
+#[cfg_attr(test, derive(utoipa::ToSchema))]
 #[serde(deny_unknown_fields)]
 pub struct MachineConfig {
     pub vcpu_count: u8,
@@ -58,7 +61,8 @@ impl Default for MachineConfig {
     }
 }
 
-#[derive(Debug, Clone, Copy, Default, PartialEq, Eq, Deserialize, utoipa::ToSchema)]
+#[derive(Debug, Clone, Copy, Default, PartialEq, Eq, Deserialize)]
+#[cfg_attr(test, derive(utoipa::ToSchema))]
 #[serde(deny_unknown_fields)]
 pub struct MachineConfigPatch {
     pub vcpu_count: Option<u8>,

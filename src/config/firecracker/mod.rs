@@ -71,7 +71,8 @@ pub fn check_id(id: &str) -> Result<(), InvalidValue> {
 }
 
 /// A token bucket: `size` bytes or operations, refilled in `refill_time` milliseconds.
-#[derive(Debug, Clone, Copy, PartialEq, Eq, Serialize, Deserialize, utoipa::ToSchema)]
+#[derive(Debug, Clone, Copy, PartialEq, Eq, Serialize, Deserialize)]
+#[cfg_attr(test, derive(utoipa::ToSchema))]
 pub struct TokenBucket {
     pub size: u64,
     pub one_time_burst: Option<u64>,
@@ -79,7 +80,8 @@ pub struct TokenBucket {
 }
 
 /// Limits of a device's bytes and operations. In an update, what is absent stays as it is.
-#[derive(Debug, Clone, Copy, Default, PartialEq, Eq, Serialize, Deserialize, utoipa::ToSchema)]
+#[derive(Debug, Clone, Copy, Default, PartialEq, Eq, Serialize, Deserialize)]
+#[cfg_attr(test, derive(utoipa::ToSchema))]
 #[serde(deny_unknown_fields)]
 pub struct RateLimiter {
     pub bandwidth: Option<TokenBucket>,
@@ -129,40 +131,46 @@ impl RateLimiter {
 }
 
 /// An entropy device.
-#[derive(Debug, Clone, Copy, Default, PartialEq, Eq, Serialize, Deserialize, utoipa::ToSchema)]
+#[derive(Debug, Clone, Copy, Default, PartialEq, Eq, Serialize, Deserialize)]
+#[cfg_attr(test, derive(utoipa::ToSchema))]
 #[serde(deny_unknown_fields)]
 pub struct Entropy {
     pub rate_limiter: Option<RateLimiter>,
 }
 
 /// What can be asked of a VM's vCPUs.
-#[derive(Debug, Clone, Copy, PartialEq, Eq, Deserialize, utoipa::ToSchema)]
+#[derive(Debug, Clone, Copy, PartialEq, Eq, Deserialize)]
+#[cfg_attr(test, derive(utoipa::ToSchema))]
 pub enum WantedState {
     Paused,
     Resumed,
 }
 
-#[derive(Debug, Clone, Copy, PartialEq, Eq, Deserialize, utoipa::ToSchema)]
+#[derive(Debug, Clone, Copy, PartialEq, Eq, Deserialize)]
+#[cfg_attr(test, derive(utoipa::ToSchema))]
 #[serde(deny_unknown_fields)]
 pub struct VmPatch {
     pub state: WantedState,
 }
 
-#[derive(Debug, Clone, Copy, PartialEq, Eq, Deserialize, utoipa::ToSchema)]
+#[derive(Debug, Clone, Copy, PartialEq, Eq, Deserialize)]
+#[cfg_attr(test, derive(utoipa::ToSchema))]
 pub enum ActionType {
     FlushMetrics,
     InstanceStart,
     SendCtrlAltDel,
 }
 
-#[derive(Debug, Clone, Copy, PartialEq, Eq, Deserialize, utoipa::ToSchema)]
+#[derive(Debug, Clone, Copy, PartialEq, Eq, Deserialize)]
+#[cfg_attr(test, derive(utoipa::ToSchema))]
 #[serde(deny_unknown_fields)]
 pub struct Action {
     pub action_type: ActionType,
 }
 
 /// A whole VM: the configuration file, and the answer to `GET /vm/config`.
-#[derive(Debug, Clone, Default, PartialEq, Eq, Serialize, Deserialize, utoipa::ToSchema)]
+#[derive(Debug, Clone, Default, PartialEq, Eq, Serialize, Deserialize)]
+#[cfg_attr(test, derive(utoipa::ToSchema))]
 pub struct VmDescription {
     pub balloon: Option<Balloon>,
     #[serde(default)]
@@ -188,10 +196,11 @@ pub struct VmDescription {
 }
 
 /// In a file, a CPU configuration is there itself, or the path of a file that has it.
-#[derive(Debug, Clone, PartialEq, Eq, Serialize, Deserialize, utoipa::ToSchema)]
+#[derive(Debug, Clone, PartialEq, Eq, Serialize, Deserialize)]
+#[cfg_attr(test, derive(utoipa::ToSchema))]
 #[serde(untagged)]
 pub enum CpuConfigSource {
-    #[schema(value_type = String)]
+    #[cfg_attr(test, schema(value_type = String))]
     Path(std::path::PathBuf),
     Inline(CpuConfig),
 }

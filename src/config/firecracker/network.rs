@@ -5,7 +5,8 @@ use serde::{Deserialize, Serialize};
 use super::{InvalidValue, RateLimiter, check_id};
 use crate::config::{ConfigError, MacAddress, NetBackend, NetConfig, TapNetwork};
 
-#[derive(Debug, Clone, PartialEq, Eq, Serialize, Deserialize, utoipa::ToSchema)]
+#[derive(Debug, Clone, PartialEq, Eq, Serialize, Deserialize)]
+#[cfg_attr(test, derive(utoipa::ToSchema))]
 #[serde(deny_unknown_fields)]
 pub struct NetworkInterface {
     pub iface_id: String,
@@ -17,7 +18,8 @@ pub struct NetworkInterface {
 }
 
 /// A change of an interface that the guest has.
-#[derive(Debug, Clone, PartialEq, Eq, Deserialize, utoipa::ToSchema)]
+#[derive(Debug, Clone, PartialEq, Eq, Deserialize)]
+#[cfg_attr(test, derive(utoipa::ToSchema))]
 #[serde(deny_unknown_fields)]
 pub struct NetworkPatch {
     pub iface_id: String,

@@ -8,7 +8,8 @@ use serde::{Deserialize, Serialize};
 
 use super::{InvalidValue, RateLimiter, check_id};
 
-#[derive(Debug, Clone, Copy, PartialEq, Eq, Serialize, Deserialize, utoipa::ToSchema)]
+#[derive(Debug, Clone, Copy, PartialEq, Eq, Serialize, Deserialize)]
+#[cfg_attr(test, derive(utoipa::ToSchema))]
 pub enum CpuTemplate {
     C3,
     T2,
@@ -19,7 +20,8 @@ pub enum CpuTemplate {
     None,
 }
 
-#[derive(Debug, Clone, Default, PartialEq, Eq, Serialize, Deserialize, utoipa::ToSchema)]
+#[derive(Debug, Clone, Default, PartialEq, Eq, Serialize, Deserialize)]
+#[cfg_attr(test, derive(utoipa::ToSchema))]
 #[serde(deny_unknown_fields)]
 pub struct CpuConfig {
     #[serde(default)]
@@ -30,7 +32,8 @@ pub struct CpuConfig {
     pub msr_modifiers: Vec<MsrModifier>,
 }
 
-#[derive(Debug, Clone, PartialEq, Eq, Serialize, Deserialize, utoipa::ToSchema)]
+#[derive(Debug, Clone, PartialEq, Eq, Serialize, Deserialize)]
+#[cfg_attr(test, derive(utoipa::ToSchema))]
 #[serde(deny_unknown_fields)]
 pub struct CpuidModifier {
     pub leaf: String,
@@ -39,7 +42,8 @@ pub struct CpuidModifier {
     pub modifiers: Vec<RegisterModifier>,
 }
 
-#[derive(Debug, Clone, Copy, PartialEq, Eq, Serialize, Deserialize, utoipa::ToSchema)]
+#[derive(Debug, Clone, Copy, PartialEq, Eq, Serialize, Deserialize)]
+#[cfg_attr(test, derive(utoipa::ToSchema))]
 #[serde(rename_all = "lowercase")]
 pub enum CpuidRegister {
     Eax,
@@ -48,14 +52,16 @@ pub enum CpuidRegister {
     Edx,
 }
 
-#[derive(Debug, Clone, PartialEq, Eq, Serialize, Deserialize, utoipa::ToSchema)]
+#[derive(Debug, Clone, PartialEq, Eq, Serialize, Deserialize)]
+#[cfg_attr(test, derive(utoipa::ToSchema))]
 #[serde(deny_unknown_fields)]
 pub struct RegisterModifier {
     pub register: CpuidRegister,
     pub bitmap: String,
 }
 
-#[derive(Debug, Clone, PartialEq, Eq, Serialize, Deserialize, utoipa::ToSchema)]
+#[derive(Debug, Clone, PartialEq, Eq, Serialize, Deserialize)]
+#[cfg_attr(test, derive(utoipa::ToSchema))]
 #[serde(deny_unknown_fields)]
 pub struct MsrModifier {
     pub addr: String,
@@ -114,11 +120,12 @@ fn check_bitmap(text: &str, bits: usize) -> Result<(), InvalidValue> {
     Err(InvalidValue::Other(format!("{text:?} is not a bitmap: 0b and up to {bits} of 0, 1, x and _.")))
 }
 
-#[derive(Debug, Clone, PartialEq, Eq, Serialize, Deserialize, utoipa::ToSchema)]
+#[derive(Debug, Clone, PartialEq, Eq, Serialize, Deserialize)]
+#[cfg_attr(test, derive(utoipa::ToSchema))]
 #[serde(deny_unknown_fields)]
 pub struct Pmem {
     pub id: String,
-    #[schema(value_type = String)]
+    #[cfg_attr(test, schema(value_type = String))]
     pub path_on_host: PathBuf,
     #[serde(default)]
     pub root_device: bool,
@@ -133,18 +140,20 @@ impl Pmem {
     }
 }
 
-#[derive(Debug, Clone, PartialEq, Eq, Deserialize, utoipa::ToSchema)]
+#[derive(Debug, Clone, PartialEq, Eq, Deserialize)]
+#[cfg_attr(test, derive(utoipa::ToSchema))]
 #[serde(deny_unknown_fields)]
 pub struct PmemPatch {
     pub id: String,
     pub rate_limiter: Option<RateLimiter>,
 }
 
-#[derive(Debug, Clone, PartialEq, Eq, Serialize, Deserialize, utoipa::ToSchema)]
+#[derive(Debug, Clone, PartialEq, Eq, Serialize, Deserialize)]
+#[cfg_attr(test, derive(utoipa::ToSchema))]
 #[serde(deny_unknown_fields)]
 pub struct Vsock {
     pub guest_cid: u32,
-    #[schema(value_type = String)]
+    #[cfg_attr(test, schema(value_type = String))]
     pub uds_path: PathBuf,
     /// Deprecated.
     #[serde(skip_serializing_if = "Option::is_none")]
@@ -160,7 +169,8 @@ impl Vsock {
     }
 }
 
-#[derive(Debug, Clone, Copy, PartialEq, Eq, Serialize, Deserialize, utoipa::ToSchema)]
+#[derive(Debug, Clone, Copy, PartialEq, Eq, Serialize, Deserialize)]
+#[cfg_attr(test, derive(utoipa::ToSchema))]
 #[serde(deny_unknown_fields)]
 pub struct Balloon {
     pub amount_mib: u32,
@@ -173,19 +183,22 @@ pub struct Balloon {
     pub free_page_reporting: bool,
 }
 
-#[derive(Debug, Clone, Copy, PartialEq, Eq, Deserialize, utoipa::ToSchema)]
+#[derive(Debug, Clone, Copy, PartialEq, Eq, Deserialize)]
+#[cfg_attr(test, derive(utoipa::ToSchema))]
 #[serde(deny_unknown_fields)]
 pub struct BalloonPatch {
     pub amount_mib: u32,
 }
 
-#[derive(Debug, Clone, Copy, PartialEq, Eq, Deserialize, utoipa::ToSchema)]
+#[derive(Debug, Clone, Copy, PartialEq, Eq, Deserialize)]
+#[cfg_attr(test, derive(utoipa::ToSchema))]
 #[serde(deny_unknown_fields)]
 pub struct BalloonStatisticsPatch {
     pub stats_polling_interval_s: u16,
 }
 
-#[derive(Debug, Clone, Copy, PartialEq, Eq, Deserialize, utoipa::ToSchema)]
+#[derive(Debug, Clone, Copy, PartialEq, Eq, Deserialize)]
+#[cfg_attr(test, derive(utoipa::ToSchema))]
 #[serde(deny_unknown_fields)]
 pub struct HintingStart {
     #[serde(default = "yes")]
@@ -196,7 +209,8 @@ const fn yes() -> bool {
     true
 }
 
-#[derive(Debug, Clone, Copy, PartialEq, Eq, Serialize, Deserialize, utoipa::ToSchema)]
+#[derive(Debug, Clone, Copy, PartialEq, Eq, Serialize, Deserialize)]
+#[cfg_attr(test, derive(utoipa::ToSchema))]
 #[serde(deny_unknown_fields)]
 pub struct HotplugMemory {
     pub total_size_mib: u64,
@@ -230,26 +244,29 @@ impl HotplugMemory {
     }
 }
 
-#[derive(Debug, Clone, Copy, PartialEq, Eq, Deserialize, utoipa::ToSchema)]
+#[derive(Debug, Clone, Copy, PartialEq, Eq, Deserialize)]
+#[cfg_attr(test, derive(utoipa::ToSchema))]
 #[serde(deny_unknown_fields)]
 pub struct HotplugMemoryPatch {
     pub requested_size_mib: u64,
 }
 
-#[derive(Debug, Clone, Copy, Default, PartialEq, Eq, Serialize, Deserialize, utoipa::ToSchema)]
+#[derive(Debug, Clone, Copy, Default, PartialEq, Eq, Serialize, Deserialize)]
+#[cfg_attr(test, derive(utoipa::ToSchema))]
 pub enum MmdsVersion {
     #[default]
     V1,
     V2,
 }
 
-#[derive(Debug, Clone, PartialEq, Eq, Serialize, Deserialize, utoipa::ToSchema)]
+#[derive(Debug, Clone, PartialEq, Eq, Serialize, Deserialize)]
+#[cfg_attr(test, derive(utoipa::ToSchema))]
 #[serde(deny_unknown_fields)]
 pub struct MmdsConfig {
     #[serde(default)]
     pub version: MmdsVersion,
     pub network_interfaces: Vec<String>,
-    #[schema(value_type = Option<String>)]
+    #[cfg_attr(test, schema(value_type = Option<String>))]
     pub ipv4_address: Option<Ipv4Addr>,
     #[serde(default)]
     pub imds_compat: bool,
@@ -263,58 +280,65 @@ impl MmdsConfig {
     }
 }
 
-#[derive(Debug, Clone, Copy, Default, PartialEq, Eq, Deserialize, utoipa::ToSchema)]
+#[derive(Debug, Clone, Copy, Default, PartialEq, Eq, Deserialize)]
+#[cfg_attr(test, derive(utoipa::ToSchema))]
 pub enum SnapshotType {
     #[default]
     Full,
     Diff,
 }
 
-#[derive(Debug, Clone, PartialEq, Eq, Deserialize, utoipa::ToSchema)]
+#[derive(Debug, Clone, PartialEq, Eq, Deserialize)]
+#[cfg_attr(test, derive(utoipa::ToSchema))]
 #[serde(deny_unknown_fields)]
 pub struct SnapshotCreate {
-    #[schema(value_type = String)]
+    #[cfg_attr(test, schema(value_type = String))]
     pub snapshot_path: PathBuf,
-    #[schema(value_type = String)]
+    #[cfg_attr(test, schema(value_type = String))]
     pub mem_file_path: PathBuf,
     #[serde(default)]
     pub snapshot_type: SnapshotType,
 }
 
-#[derive(Debug, Clone, Copy, PartialEq, Eq, Deserialize, utoipa::ToSchema)]
+#[derive(Debug, Clone, Copy, PartialEq, Eq, Deserialize)]
+#[cfg_attr(test, derive(utoipa::ToSchema))]
 pub enum MemoryBackendType {
     File,
     Uffd,
 }
 
-#[derive(Debug, Clone, PartialEq, Eq, Deserialize, utoipa::ToSchema)]
+#[derive(Debug, Clone, PartialEq, Eq, Deserialize)]
+#[cfg_attr(test, derive(utoipa::ToSchema))]
 #[serde(deny_unknown_fields)]
 pub struct MemoryBackend {
     pub backend_type: MemoryBackendType,
-    #[schema(value_type = String)]
+    #[cfg_attr(test, schema(value_type = String))]
     pub backend_path: PathBuf,
 }
 
-#[derive(Debug, Clone, PartialEq, Eq, Deserialize, utoipa::ToSchema)]
+#[derive(Debug, Clone, PartialEq, Eq, Deserialize)]
+#[cfg_attr(test, derive(utoipa::ToSchema))]
 pub struct NetworkOverride {
     pub iface_id: String,
     pub host_dev_name: String,
 }
 
-#[derive(Debug, Clone, PartialEq, Eq, Deserialize, utoipa::ToSchema)]
+#[derive(Debug, Clone, PartialEq, Eq, Deserialize)]
+#[cfg_attr(test, derive(utoipa::ToSchema))]
 pub struct VsockOverride {
-    #[schema(value_type = String)]
+    #[cfg_attr(test, schema(value_type = String))]
     pub uds_path: PathBuf,
 }
 
-#[derive(Debug, Clone, PartialEq, Eq, Deserialize, utoipa::ToSchema)]
+#[derive(Debug, Clone, PartialEq, Eq, Deserialize)]
+#[cfg_attr(test, derive(utoipa::ToSchema))]
 #[serde(deny_unknown_fields)]
 pub struct SnapshotLoad {
-    #[schema(value_type = String)]
+    #[cfg_attr(test, schema(value_type = String))]
     pub snapshot_path: PathBuf,
     pub mem_backend: Option<MemoryBackend>,
     /// Deprecated.
-    #[schema(value_type = Option<String>)]
+    #[cfg_attr(test, schema(value_type = Option<String>))]
     pub mem_file_path: Option<PathBuf>,
     #[serde(default)]
     pub track_dirty_pages: bool,
