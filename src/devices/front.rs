@@ -3,8 +3,7 @@
 use std::io;
 use std::time::Duration;
 
-use crate::virtio::device::read_config_bytes;
-use crate::virtio::{DeviceKind, QueueResources, QueueState, StillBusy, VirtioDevice};
+use crate::virtio::{DeviceKind, OwnStateV1, QueueResources, QueueState, StateError, StillBusy, VirtioDevice};
 
 /// Serves some of a device's queues: a thread of ours, or the host's kernel.
 pub trait QueueServer: Send {
@@ -21,22 +20,27 @@ pub trait QueueServer: Send {
     fn stop_within(&mut self, index: u16, _patience: Duration) -> Result<Option<QueueState>, StillBusy> {
         Ok(self.stop(index))
     }
+
+    /// See [`VirtioDevice::continue_queue`].
+    fn go_on(&mut self, _index: u16) {}
 }
 
-/// A device's configuration space.
+/// A device's configuration space, and what else its driver tells it besides the queues.
 pub trait DeviceConfig: Send {
     /// Reads; bytes past the end stay zero.
     fn read(&self, offset: usize, data: &mut [u8]);
 
     /// See [`VirtioDevice::reset`].
     fn reset(&self) {}
-}
 
-/// One that nothing changes.
-impl DeviceConfig for Vec<u8> {
-    fn read(&self, offset: usize, data: &mut [u8]) {
-        read_config_bytes(self, offset, data);
-    }
+    /// See [`VirtioDevice::save`]; these features are offered.
+    fn save(&self, offered: u64) -> OwnStateV1;
+
+    /// See [`VirtioDevice::check`].
+    fn check(&self, own: &OwnStateV1, offered: u64, accepted: u64) -> Result<(), StateError>;
+
+    /// See [`VirtioDevice::restore`].
+    fn restore(&self, own: &OwnStateV1) -> io::Result<bool>;
 }
 
 /// A device.
@@ -140,8 +144,26 @@ impl VirtioDevice for Front {
         self.servers[server].stop(index)
     }
 
+    fn continue_queue(&mut self, index: u16) {
+        if let Some(&Some(server)) = self.running.get(usize::from(index)) {
+            self.servers[server].go_on(index);
+        }
+    }
+
     fn reset(&mut self) {
         self.config.reset();
+    }
+
+    fn save(&self) -> OwnStateV1 {
+        self.config.save(self.features)
+    }
+
+    fn check(&self, state: &OwnStateV1, features: u64) -> Result<(), StateError> {
+        self.config.check(state, self.features, features)
+    }
+
+    fn restore(&mut self, state: &OwnStateV1) -> io::Result<bool> {
+        self.config.restore(state)
     }
 
     fn stop_queue_within(&mut self, index: u16, patience: Duration) -> Result<Option<QueueState>, StillBusy> {

@@ -5,10 +5,10 @@ use std::sync::Arc;
 
 use rustix::rand::{GetRandomFlags, getrandom};
 
-use super::front::Front;
+use super::front::{DeviceConfig, Front};
 use super::worker::{Engine, Served, Turn, Worker, serve_each};
 use crate::backend::Limiter;
-use crate::virtio::{Chain, DeviceKind, RingError, Virtqueue, feature};
+use crate::virtio::{Chain, DeviceKind, OwnStateV1, RingError, StateError, Virtqueue, feature};
 
 const QUEUES: &[(u16, u16)] = &[(0, 64)];
 
@@ -17,7 +17,28 @@ const MAX_BYTES: usize = 4096;
 
 pub fn device(name: String, limiter: Arc<Limiter>) -> io::Result<Front> {
     let worker = Worker::spawn(&name, Box::new(RngEngine { limiter }), QUEUES)?;
-    Ok(Front::new(DeviceKind::Rng, name, feature::RING, Vec::new(), vec![Box::new(worker)]))
+    Ok(Front::new(DeviceKind::Rng, name, feature::RING, NoConfig, vec![Box::new(worker)]))
+}
+
+/// A device with nothing to configure, and nothing to tell it besides its queue.
+pub(crate) struct NoConfig;
+
+const STATE_VERSION: u32 = 1;
+
+impl DeviceConfig for NoConfig {
+    fn read(&self, _offset: usize, _data: &mut [u8]) {}
+
+    fn save(&self, _offered: u64) -> OwnStateV1 {
+        OwnStateV1::new(DeviceKind::Rng, STATE_VERSION, &())
+    }
+
+    fn check(&self, own: &OwnStateV1, _offered: u64, _accepted: u64) -> Result<(), StateError> {
+        own.parse(DeviceKind::Rng, STATE_VERSION)
+    }
+
+    fn restore(&self, _own: &OwnStateV1) -> io::Result<bool> {
+        Ok(false)
+    }
 }
 
 #[derive(Default)]

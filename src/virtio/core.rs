@@ -11,6 +11,8 @@
 //! long; then the status reads as it was until the reset is done, and everything else that is written is ignored
 //! (2.4.1: a driver waits until it reads 0).
 
+pub mod state;
+
 use std::io;
 use std::sync::Arc;
 use std::sync::atomic::{AtomicU8, Ordering};
@@ -18,7 +20,7 @@ use std::time::{Duration, Instant};
 
 use vmm_sys_util::eventfd::{EFD_CLOEXEC, EFD_NONBLOCK, EventFd};
 
-use super::device::{DeviceEvents, QueueLayout, QueueResources, StillBusy, VirtioDevice};
+use super::device::{DeviceEvents, QueueLayout, QueueResources, QueueState, StillBusy, VirtioDevice};
 use super::feature;
 use crate::memory::Ram;
 
@@ -81,6 +83,10 @@ enum Service {
     Running,
     /// Asked to stop.
     Stopping,
+    /// The VM is suspended: asked to stop, and to go on later. Drivers see no difference to a running queue.
+    Resting,
+    /// It has stopped here.
+    AtRest(QueueState),
 }
 
 /// The registers of one queue.
@@ -118,6 +124,8 @@ pub struct VirtioCore {
     driver_features: u64,
     /// A reset waits for queues to stop.
     resetting: bool,
+    /// There is something to tell when it goes on from a saved state.
+    news: Option<state::News>,
 }
 
 impl VirtioCore {
@@ -144,6 +152,7 @@ impl VirtioCore {
             queue_select: 0,
             driver_features: 0,
             resetting: false,
+            news: None,
         })
     }
 
@@ -201,7 +210,7 @@ impl VirtioCore {
             queue.enabled = true;
             // Late, but some drivers do it.
             if self.status() & status::DRIVER_OK != 0 {
-                self.start_queue(self.queue_select as u16);
+                self.start_queue(self.queue_select as u16, None);
             }
         }
     }
@@ -232,10 +241,14 @@ impl VirtioCore {
     /// the rest of a reset.
     #[must_use]
     pub fn settle(&mut self) -> bool {
-        let now = Instant::now();
+        self.settle_until(Instant::now())
+    }
+
+    /// The same, waiting for them.
+    fn settle_until(&mut self, deadline: Instant) -> bool {
         for index in 0..self.queues.len() {
             if self.queues[index].service == Service::Stopping {
-                self.stop_queue(index as u16, now);
+                self.stop_queue(index as u16, deadline);
             }
         }
         self.resetting && self.finish_reset()
@@ -266,14 +279,14 @@ impl VirtioCore {
         if new & !old & status::DRIVER_OK != 0 {
             for index in 0..self.queues.len() as u16 {
                 if self.queues[usize::from(index)].enabled {
-                    self.start_queue(index);
+                    self.start_queue(index, None);
                 }
             }
         }
         false
     }
 
-    fn start_queue(&mut self, index: u16) {
+    fn start_queue(&mut self, index: u16, state: Option<QueueState>) {
         let queue = &mut self.queues[usize::from(index)];
         if queue.service != Service::None {
             return;
@@ -286,7 +299,7 @@ impl VirtioCore {
                 kick,
                 events: self.events.clone(),
             };
-            self.device.start_queue(index, resources, None)
+            self.device.start_queue(index, resources, state)
         });
         match started {
             Ok(()) => queue.service = Service::Running,

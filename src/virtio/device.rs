@@ -10,8 +10,9 @@
 //!
 //! Boot, pause, save, restore and reset are all these two calls: pausing is stopping every queue and keeping
 //! its state, resuming is starting it again from that state, a reset drops the state (and what else the driver
-//! has told the device, if there is a way to).
+//! has told the device, if there is a way to). A saved device is its queues' states and [`VirtioDevice::save`].
 
+use std::fmt;
 use std::io;
 use std::sync::Arc;
 use std::time::Duration;
@@ -19,18 +20,31 @@ use std::time::Duration;
 use serde::{Deserialize, Serialize};
 use vmm_sys_util::eventfd::EventFd;
 
+use super::state::{OwnStateV1, StateError};
 use crate::memory::Ram;
 
 /// Virtio device IDs (virtio 1.2, section 5).
-#[derive(Debug, Clone, Copy, PartialEq, Eq)]
+#[derive(Debug, Clone, Copy, PartialEq, Eq, Serialize, Deserialize)]
+#[serde(rename_all = "lowercase")]
 pub enum DeviceKind {
     Net = 1,
     Block = 2,
     Rng = 4,
 }
 
+impl fmt::Display for DeviceKind {
+    fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
+        f.write_str(match self {
+            Self::Net => "net",
+            Self::Block => "block",
+            Self::Rng => "rng",
+        })
+    }
+}
+
 /// Where the driver put a queue: guest physical addresses and the number of entries.
 #[derive(Debug, Clone, Copy, PartialEq, Eq, Default, Serialize, Deserialize)]
+#[serde(deny_unknown_fields)]
 pub struct QueueLayout {
     pub size: u16,
     pub descriptors: u64,
@@ -40,6 +54,7 @@ pub struct QueueLayout {
 
 /// How far a queue has come: ring indices, as free-running 16-bit counters.
 #[derive(Debug, Clone, Copy, PartialEq, Eq, Default, Serialize, Deserialize)]
+#[serde(deny_unknown_fields)]
 pub struct QueueState {
     pub next_avail: u16,
     pub next_used: u16,
@@ -57,7 +72,7 @@ pub trait DeviceEvents: Send + Sync {
     /// The device's configuration space has changed.
     fn config_changed(&self);
     /// The driver broke the rules in a way this device cannot go on from: sets `DEVICE_NEEDS_RESET`.
-    fn needs_reset(&self, why: &dyn std::fmt::Display);
+    fn needs_reset(&self, why: &dyn fmt::Display);
 }
 
 /// Everything a device needs to serve one queue.
@@ -111,8 +126,28 @@ pub trait VirtioDevice: Send {
     fn stop_queue_within(&mut self, index: u16, _patience: Duration) -> Result<Option<QueueState>, StillBusy> {
         Ok(self.stop_queue(index))
     }
+
+    /// Takes back a stop that was answered with [`StillBusy`]: the queue goes on as if nobody had asked.
+    fn continue_queue(&mut self, _index: u16) {}
+
     /// The driver resets the device: what it has been told besides its queues, all stopped now, is forgotten.
     fn reset(&mut self) {}
+
+    /// What it has been told besides its queues.
+    fn save(&self) -> OwnStateV1;
+
+    /// Could it go on from that, under a driver that has accepted `features`? Changes nothing.
+    ///
+    /// # Errors
+    /// What is wrong with it.
+    fn check(&self, state: &OwnStateV1, features: u64) -> Result<(), StateError>;
+
+    /// Goes on from a state that has been checked; its queues are started later. `true` if the driver finds another
+    /// configuration space than before.
+    ///
+    /// # Errors
+    /// The host's.
+    fn restore(&mut self, state: &OwnStateV1) -> io::Result<bool>;
 }
 
 /// Copies the part of `config` that an access of `data.len()` bytes at `offset` sees.

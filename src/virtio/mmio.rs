@@ -2,11 +2,14 @@
 //!
 //! Registers are 32 bits wide and aligned; the device configuration from 0x100 on takes any access.
 
+mod state;
+
 use std::io;
 use std::sync::Arc;
 
 use vmm_sys_util::eventfd::EventFd;
 
+pub use self::state::MmioStateV1;
 use super::core::{SharedRegisters, VirtioCore};
 use super::device::{DeviceEvents, VirtioDevice};
 use super::doorbells::Doorbells;
@@ -52,7 +55,7 @@ mod register {
 /// The device's one line. It is pulsed for every interrupt, even one that the driver has not taken note of: it may
 /// share the line, so that only the driver knows which device it has looked at.
 struct LineCarrier {
-    line: EventFd,
+    line: Arc<EventFd>,
     registers: Arc<SharedRegisters>,
 }
 
@@ -76,6 +79,9 @@ pub struct VirtioMmio {
     /// Where the registers are.
     address: u64,
     listening: bool,
+    line: Arc<EventFd>,
+    /// The line is pulsed when it goes on.
+    pulse: bool,
 }
 
 impl VirtioMmio {
@@ -91,10 +97,11 @@ impl VirtioMmio {
         line: EventFd,
     ) -> io::Result<Self> {
         let registers = Arc::new(SharedRegisters::default());
-        let carrier = LineCarrier { line, registers: registers.clone() };
+        let line = Arc::new(line);
+        let carrier = LineCarrier { line: line.clone(), registers: registers.clone() };
         let signals = Arc::new(Signals::new(device.name(), registers.clone(), carrier));
         let core = VirtioCore::new(device, ram, registers, signals)?;
-        Ok(Self { core, doorbells, address, listening: false })
+        Ok(Self { core, doorbells, address, listening: false, line, pulse: false })
     }
 
     /// What the device tells its driver by.
@@ -220,4 +227,4 @@ impl Drop for VirtioMmio {
 }
 
 #[cfg(test)]
-pub(super) mod tests;
+pub(crate) mod tests;

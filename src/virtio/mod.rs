@@ -7,6 +7,7 @@ pub mod mmio;
 pub mod pci;
 pub mod queue;
 pub mod signals;
+pub mod state;
 #[cfg(test)]
 pub(crate) mod testing;
 #[cfg(test)]
@@ -15,6 +16,7 @@ mod tests;
 pub use device::{DeviceEvents, DeviceKind, QueueLayout, QueueResources, QueueState, StillBusy, VirtioDevice};
 pub use doorbells::Doorbells;
 pub use queue::{Chain, RingError, Virtqueue};
+pub use state::{OwnStateV1, StateError};
 
 /// Feature bits every device offers (virtio 1.2, section 6).
 pub mod feature {

@@ -8,7 +8,7 @@ use thiserror::Error;
 use virtio_queue::{Queue, QueueOwnedT, QueueT};
 use vm_memory::{Bytes, GuestAddress};
 
-use super::device::{DeviceEvents, QueueResources, QueueState};
+use super::device::{DeviceEvents, QueueLayout, QueueResources, QueueState};
 use super::feature;
 use crate::memory::{IoBuf, IoBufError, Ram};
 
@@ -60,7 +60,23 @@ pub struct Virtqueue {
     announced: u16,
 }
 
+/// A queue of that layout, at its beginning.
+fn checked(max_size: u16, layout: &QueueLayout, ram: &Ram) -> Result<Queue, RingError> {
+    let mut queue = Queue::new(max_size).map_err(|_| RingError::Size(max_size))?;
+    queue.try_set_size(layout.size).map_err(|_| RingError::Size(layout.size))?;
+    queue.try_set_desc_table_address(GuestAddress(layout.descriptors)).map_err(|_| RingError::Layout)?;
+    queue.try_set_avail_ring_address(GuestAddress(layout.avail)).map_err(|_| RingError::Layout)?;
+    queue.try_set_used_ring_address(GuestAddress(layout.used)).map_err(|_| RingError::Layout)?;
+    queue.set_ready(true);
+    if queue.is_valid(&**ram) { Ok(queue) } else { Err(RingError::Layout) }
+}
+
 impl Virtqueue {
+    /// Could there be a queue of that layout?
+    pub fn check(max_size: u16, layout: &QueueLayout, ram: &Ram) -> Result<(), RingError> {
+        checked(max_size, layout, ram).map(drop)
+    }
+
     /// Checks the layout and takes up the queue where `state` left it.
     pub fn new(
         index: u16,
@@ -68,20 +84,11 @@ impl Virtqueue {
         resources: &QueueResources,
         state: Option<QueueState>,
     ) -> Result<Self, RingError> {
-        let layout = resources.layout;
-        let mut queue = Queue::new(max_size).map_err(|_| RingError::Size(max_size))?;
-        queue.try_set_size(layout.size).map_err(|_| RingError::Size(layout.size))?;
-        queue.try_set_desc_table_address(GuestAddress(layout.descriptors)).map_err(|_| RingError::Layout)?;
-        queue.try_set_avail_ring_address(GuestAddress(layout.avail)).map_err(|_| RingError::Layout)?;
-        queue.try_set_used_ring_address(GuestAddress(layout.used)).map_err(|_| RingError::Layout)?;
+        let mut queue = checked(max_size, &resources.layout, &resources.ram)?;
         queue.set_event_idx(resources.features & feature::EVENT_IDX != 0);
         let state = state.unwrap_or_default();
         queue.set_next_avail(state.next_avail);
         queue.set_next_used(state.next_used);
-        queue.set_ready(true);
-        if !queue.is_valid(&*resources.ram) {
-            return Err(RingError::Layout);
-        }
         Ok(Self {
             queue,
             ram: resources.ram.clone(),

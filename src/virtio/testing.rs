@@ -4,8 +4,9 @@ use std::collections::{BTreeMap, BTreeSet};
 use std::io;
 use std::os::fd::AsRawFd;
 use std::sync::{Arc, Mutex, MutexGuard};
-use std::time::Duration;
+use std::time::{Duration, Instant};
 
+use serde_json::Value;
 use vm_memory::GuestAddress;
 use vmm_sys_util::eventfd::{EFD_NONBLOCK, EventFd};
 
@@ -13,7 +14,8 @@ use super::core::status::{ACKNOWLEDGE, DRIVER, DRIVER_OK, FEATURES_OK};
 use super::mmio::VirtioMmio;
 use super::pci::{MsiMessage, PciHost, VirtioPci};
 use super::{
-    DeviceEvents, DeviceKind, Doorbells, QueueResources, QueueState, StillBusy, VirtioDevice, Virtqueue, feature,
+    DeviceEvents, DeviceKind, Doorbells, OwnStateV1, QueueResources, QueueState, StateError, StillBusy, VirtioDevice,
+    Virtqueue, feature,
 };
 use crate::memory::{Ram, anonymous};
 
@@ -106,6 +108,13 @@ pub struct Served {
     pub running: [Option<u64>; 2],
     /// With a request that does not end.
     pub busy: bool,
+    /// What it has been told besides its queues.
+    pub told: u32,
+    /// Where queues stop, and where they have begun.
+    pub stops_at: QueueState,
+    pub began_at: [Option<QueueState>; 2],
+    /// Queues that have been asked to stop while it is busy.
+    pub asked: [bool; 2],
     pub events: Option<Arc<dyn DeviceEvents>>,
 }
 
@@ -138,36 +147,72 @@ impl VirtioDevice for FakeDevice {
         let mut served = self.0.lock().unwrap();
         assert_eq!(served.running[usize::from(index)].replace(resources.features), None, "queue {index} runs already");
         served.events = Some(resources.events);
+        served.began_at[usize::from(index)] = state;
         Ok(())
     }
 
     fn stop_queue(&mut self, index: u16) -> Option<QueueState> {
-        self.0.lock().unwrap().running[usize::from(index)].take().map(|_| QueueState::default())
+        let mut served = self.0.lock().unwrap();
+        served.asked[usize::from(index)] = false;
+        served.running[usize::from(index)].take().map(|_| served.stops_at)
     }
 
     fn stop_queue_within(&mut self, index: u16, _patience: Duration) -> Result<Option<QueueState>, StillBusy> {
-        if self.0.lock().unwrap().busy { Err(StillBusy) } else { Ok(self.stop_queue(index)) }
+        if self.0.lock().unwrap().busy {
+            self.0.lock().unwrap().asked[usize::from(index)] = true;
+            return Err(StillBusy);
+        }
+        Ok(self.stop_queue(index))
+    }
+
+    fn continue_queue(&mut self, index: u16) {
+        let asked = std::mem::take(&mut self.0.lock().unwrap().asked[usize::from(index)]);
+        assert!(asked, "queue {index} was not asked to stop");
+    }
+
+    fn save(&self) -> OwnStateV1 {
+        OwnStateV1::new(self.kind(), 1, &self.0.lock().unwrap().told)
+    }
+
+    fn check(&self, state: &OwnStateV1, _features: u64) -> Result<(), StateError> {
+        state.parse::<u32>(self.kind(), 1).map(drop)
+    }
+
+    fn restore(&mut self, state: &OwnStateV1) -> io::Result<bool> {
+        let told = state.parse(self.kind(), 1).unwrap();
+        let before = std::mem::replace(&mut self.0.lock().unwrap().told, told);
+        Ok(before != told)
     }
 }
 
-fn ram() -> Ram {
+pub fn ram() -> Ram {
     anonymous(&[(GuestAddress(0), 0x10_0000)]).unwrap()
 }
 
 /// A function with its BAR at `bar`, its host and its device.
 pub fn function(bar: u64) -> (VirtioPci, Arc<FakeHost>, Arc<Mutex<Served>>) {
-    let (host, served) = (Arc::<FakeHost>::default(), Arc::<Mutex<Served>>::default());
-    let function = VirtioPci::new(Box::new(FakeDevice(served.clone())), ram(), host.clone(), bar).unwrap();
+    let served = Arc::<Mutex<Served>>::default();
+    let (function, host) = function_of(Box::new(FakeDevice(served.clone())), ram(), bar);
     (function, host, served)
+}
+
+pub fn function_of(device: Box<dyn VirtioDevice>, ram: Ram, bar: u64) -> (VirtioPci, Arc<FakeHost>) {
+    let host = Arc::<FakeHost>::default();
+    (VirtioPci::new(device, ram, host.clone(), bar).unwrap(), host)
 }
 
 /// A device with its registers at `address`, its host, its device, and the other end of its line.
 pub fn mmio(address: u64) -> (VirtioMmio, Arc<FakeHost>, Arc<Mutex<Served>>, EventFd) {
-    let (host, served) = (Arc::<FakeHost>::default(), Arc::<Mutex<Served>>::default());
-    let line = EventFd::new(EFD_NONBLOCK).unwrap();
-    let device = Box::new(FakeDevice(served.clone()));
-    let device = VirtioMmio::new(device, ram(), host.clone(), address, line.try_clone().unwrap()).unwrap();
+    let served = Arc::<Mutex<Served>>::default();
+    let (device, host, line) = mmio_of(Box::new(FakeDevice(served.clone())), ram(), address);
     (device, host, served, line)
+}
+
+pub fn mmio_of(device: Box<dyn VirtioDevice>, ram: Ram, address: u64) -> (VirtioMmio, Arc<FakeHost>, EventFd) {
+    let host = Arc::<FakeHost>::default();
+    let line = EventFd::new(EFD_NONBLOCK).unwrap();
+    let device = VirtioMmio::new(device, ram, host.clone(), address, line.try_clone().unwrap()).unwrap();
+    (device, host, line)
 }
 
 /// What both transports have a register for.
@@ -188,7 +233,24 @@ pub enum Register {
 }
 
 /// A driver, over whatever transport.
-pub trait Driver {
+pub trait Driver: Sized {
+    /// One of a device of any kind.
+    fn over(device: Box<dyn VirtioDevice>, ram: Ram) -> Self;
+    /// One of the fake device.
+    fn of_fake(served: Arc<Mutex<Served>>) -> Self;
+    /// Kicks a queue by a register.
+    fn notify(&mut self, queue: u16);
+    /// Lets all interrupts through. PCI: vector 0 is that of the configuration, the one after a queue's index its own.
+    fn unmask(&mut self, queues: u16);
+    /// How often the queue has interrupted since the last look. Where it shares its line, that is acknowledged.
+    fn heard(&mut self, queue: u16) -> u64;
+    fn suspend(&mut self, deadline: Instant) -> Result<(), StillBusy>;
+    fn resume(&mut self);
+    fn save(&self) -> Value;
+    fn check(&self, state: &Value) -> Result<(), StateError>;
+    /// After a check.
+    fn restore(&mut self, state: &Value);
+
     fn get(&mut self, register: Register) -> u64;
     fn set(&mut self, register: Register, value: u64);
     fn served(&self) -> MutexGuard<'_, Served>;

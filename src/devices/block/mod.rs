@@ -14,7 +14,7 @@ use zerocopy::{FromZeros, Immutable, IntoBytes, little_endian as le};
 
 use self::request::{MAX_DISCARD_RANGES, MAX_DISCARD_SECTORS, MAX_ZEROES_RANGES, MAX_ZEROES_SECTORS};
 pub(crate) use self::sync::SyncEngine;
-pub use self::tray::{Change, Tray};
+pub use self::tray::{BlockStateV1, Change, Tray};
 use self::uring::{Pending, UringEngine};
 use super::front::{Front, QueueServer};
 use super::worker::{Engine, Worker};

@@ -6,10 +6,12 @@
 //! ```
 //! So the driver hears of the new disk when all its queues are on it, and nobody waits for a request that hangs.
 
+use std::io;
 use std::sync::atomic::{AtomicU64, AtomicUsize, Ordering};
 use std::sync::{Arc, Condvar, Mutex, PoisonError};
 use std::time::Duration;
 
+use serde::{Deserialize, Serialize};
 use zerocopy::IntoBytes;
 
 use super::sync::SyncEngine;
@@ -19,8 +21,8 @@ use crate::backend::{Disk, Limiter};
 use crate::config::CacheMode;
 use crate::devices::front::DeviceConfig;
 use crate::devices::worker::{Engine, Line};
-use crate::virtio::DeviceEvents;
 use crate::virtio::device::read_config_bytes;
+use crate::virtio::{DeviceEvents, DeviceKind, OwnStateV1, StateError};
 
 /// The configuration space, in which the capacity may change.
 pub(super) struct BlockConfig {
@@ -34,6 +36,36 @@ impl DeviceConfig for Arc<BlockConfig> {
         let config = Config { capacity: self.capacity.load(Ordering::Acquire).into(), ..self.fixed };
         read_config_bytes(config.as_bytes(), offset, data);
     }
+
+    fn save(&self, _offered: u64) -> OwnStateV1 {
+        let state = BlockStateV1 { capacity: self.capacity.load(Ordering::Acquire) };
+        OwnStateV1::new(DeviceKind::Block, STATE_VERSION, &state)
+    }
+
+    /// A disk may have grown: the driver is told then.
+    fn check(&self, own: &OwnStateV1, _offered: u64, _accepted: u64) -> Result<(), StateError> {
+        let BlockStateV1 { capacity } = own.parse(DeviceKind::Block, STATE_VERSION)?;
+        let ours = self.capacity.load(Ordering::Acquire);
+        if ours < capacity {
+            let problem = format!("the guest's disk has {capacity} sectors, and there are only {ours}");
+            return Err(StateError::new("state.capacity", problem));
+        }
+        Ok(())
+    }
+
+    fn restore(&self, own: &OwnStateV1) -> io::Result<bool> {
+        let saved: BlockStateV1 = own.parse(DeviceKind::Block, STATE_VERSION).map_err(io::Error::other)?;
+        Ok(saved.capacity != self.capacity.load(Ordering::Acquire))
+    }
+}
+
+const STATE_VERSION: u32 = 1;
+
+#[derive(Debug, Clone, PartialEq, Eq, Serialize, Deserialize)]
+#[serde(deny_unknown_fields)]
+pub struct BlockStateV1 {
+    /// What the driver can read, in sectors.
+    pub capacity: u64,
 }
 
 /// All that a device's engines have in common, but for the disk.

@@ -5,6 +5,7 @@ use std::time::Duration;
 
 use super::driver::{Ring, memory, readable};
 use crate::devices::Front;
+use crate::devices::rng::NoConfig;
 use crate::devices::worker::{Engine, Served, Turn, Worker, serve_each};
 use crate::virtio::{Chain, DeviceKind, RingError, StillBusy, VirtioDevice, Virtqueue, feature};
 
@@ -30,7 +31,7 @@ fn it_can_be_asked_to_stop() {
     let gate = Arc::<Mutex<()>>::default();
     let engine = Hanging { begun, gate: gate.clone() };
     let worker = Worker::spawn("hanging", Box::new(engine), &[(0, 64), (1, 64)]).unwrap();
-    let mut device = Front::new(DeviceKind::Rng, "hanging".into(), feature::RING, Vec::new(), vec![Box::new(worker)]);
+    let mut device = Front::new(DeviceKind::Rng, "hanging".into(), feature::RING, NoConfig, vec![Box::new(worker)]);
     let mut ring = Ring::new(&memory(), 0, 64, feature::VERSION_1);
     for slot in 0..2 {
         ring.chain(slot, &[readable(0x10_0000, 16)], false);
@@ -67,7 +68,7 @@ fn another_engine_waits_for_it_and_nobody_else_does() {
     let engine = || Box::new(Hanging { begun: begun.clone(), gate: gate.clone() });
     let worker = Worker::spawn("hanging", engine(), &[(0, 64)]).unwrap();
     let line = worker.line();
-    let mut device = Front::new(DeviceKind::Rng, "hanging".into(), feature::RING, Vec::new(), vec![Box::new(worker)]);
+    let mut device = Front::new(DeviceKind::Rng, "hanging".into(), feature::RING, NoConfig, vec![Box::new(worker)]);
     let mut ring = Ring::new(&memory(), 0, 64, feature::VERSION_1);
     for slot in 0..2 {
         ring.chain(slot, &[readable(0x10_0000, 16)], false);

@@ -9,9 +9,12 @@ use std::time::{Duration, Instant};
 use virtio_bindings::virtio_net as net;
 use zerocopy::{Immutable, IntoBytes, little_endian as le};
 
+use super::shape::NetShapeV1;
+use super::state::{self, NetStateV1};
 use crate::backend::{Offloads, Tap};
 use crate::devices::front::DeviceConfig;
 use crate::virtio::device::read_config_bytes;
+use crate::virtio::{DeviceKind, OwnStateV1, StateError};
 
 /// The guest's offloads, as feature bits and as the control queue names them.
 const OFFLOADS: u64 = 1 << net::VIRTIO_NET_F_GUEST_CSUM
@@ -123,6 +126,12 @@ impl Card {
     }
 }
 
+impl Card {
+    fn shape(&self, features: u64) -> NetShapeV1 {
+        NetShapeV1 { mac: self.own_mac, mtu: self.mtu, features, pairs: self.pairs() }
+    }
+}
+
 impl DeviceConfig for Card {
     fn read(&self, offset: usize, data: &mut [u8]) {
         let [mac @ .., _, _] = self.mac.load(Ordering::Relaxed).to_le_bytes();
@@ -140,6 +149,47 @@ impl DeviceConfig for Card {
             tracing::error!("a tap's queues cannot be put to rest: {error}");
         }
     }
+
+    fn save(&self, offered: u64) -> OwnStateV1 {
+        let [mac @ .., _, _] = self.mac.load(Ordering::Relaxed).to_le_bytes();
+        let chosen = self.chosen.load(Ordering::Relaxed);
+        let state = NetStateV1 {
+            shape: self.shape(offered),
+            mac,
+            active_pairs: self.active.load(Ordering::Relaxed).max(1),
+            chosen_offloads: (chosen != NONE).then_some(chosen),
+            link_up: self.link_up.load(Ordering::Relaxed),
+        };
+        OwnStateV1::new(DeviceKind::Net, state::VERSION, &state)
+    }
+
+    fn check(&self, own: &OwnStateV1, offered: u64, accepted: u64) -> Result<(), StateError> {
+        let NetStateV1 { shape, mac, active_pairs, chosen_offloads, .. } =
+            own.parse(DeviceKind::Net, state::VERSION)?;
+        let wrong = |field: &str, problem: String| Err(StateError::new(format!("state.{field}"), problem));
+        if shape != self.shape(offered) {
+            return wrong("shape", format!("the card is {:?}, and not {shape:?}", self.shape(offered)));
+        }
+        if mac[0] & 1 != 0 {
+            return wrong("mac", format!("{mac:x?} is not one station's"));
+        }
+        if !(1..=self.pairs()).contains(&active_pairs) {
+            return wrong("active_pairs", format!("{active_pairs} of {}", self.pairs()));
+        }
+        if let Some(chosen) = chosen_offloads.filter(|chosen| chosen & !(accepted & OFFLOADS) != 0) {
+            return wrong("chosen_offloads", format!("{chosen:#x} are not all among those that were negotiated"));
+        }
+        Ok(())
+    }
+
+    /// The cable of a card that is made again is in.
+    fn restore(&self, own: &OwnStateV1) -> io::Result<bool> {
+        let saved: NetStateV1 = own.parse(DeviceKind::Net, state::VERSION).map_err(io::Error::other)?;
+        self.set_mac(saved.mac);
+        self.chosen.store(saved.chosen_offloads.unwrap_or(NONE), Ordering::Relaxed);
+        self.set_active_pairs(saved.active_pairs.min(self.taps.len() as u16))?;
+        Ok(saved.link_up != self.link_up.load(Ordering::Relaxed))
+    }
 }
 
 /// The queues keep the device alive, and the device its configuration.
@@ -150,6 +200,18 @@ impl DeviceConfig for Arc<Card> {
 
     fn reset(&self) {
         Card::reset(self);
+    }
+
+    fn save(&self, offered: u64) -> OwnStateV1 {
+        Card::save(self, offered)
+    }
+
+    fn check(&self, own: &OwnStateV1, offered: u64, accepted: u64) -> Result<(), StateError> {
+        Card::check(self, own, offered, accepted)
+    }
+
+    fn restore(&self, own: &OwnStateV1) -> io::Result<bool> {
+        Card::restore(self, own)
     }
 }
 

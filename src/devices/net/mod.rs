@@ -14,6 +14,7 @@ mod held;
 mod pair;
 mod relay;
 mod shape;
+mod state;
 mod user;
 mod vhost;
 
@@ -29,6 +30,7 @@ use self::control::ControlEngine;
 pub(crate) use self::pair::PairEngine;
 use self::relay::Relay;
 pub use self::shape::{NetShapeV1, ShapeError};
+pub use self::state::{NetStateV1, saved_shape};
 pub(crate) use self::user::UserEngine;
 use self::vhost::VhostPair;
 use super::front::{Front, QueueServer};

@@ -229,6 +229,12 @@ impl QueueServer for Worker {
             Err(RecvTimeoutError::Disconnected) => Ok(None),
         }
     }
+
+    fn go_on(&mut self, index: u16) {
+        self.stopping.retain(|stopping| stopping.0 != index);
+        // If the thread cannot be told, it has ended.
+        let _ = self.line.send(Command::GoOn { index });
+    }
 }
 
 impl Drop for Worker {

@@ -22,9 +22,22 @@ const LONGEST_REST: Duration = Duration::from_secs(3600);
 
 /// What the thread is asked to do.
 pub enum Command {
-    Start { running: Box<Running>, reply: SyncSender<io::Result<()>> },
-    Stop { index: u16, reply: SyncSender<Option<QueueState>> },
-    Exchange { engine: Box<dyn Engine>, done: Box<dyn FnOnce() + Send> },
+    Start {
+        running: Box<Running>,
+        reply: SyncSender<io::Result<()>>,
+    },
+    Stop {
+        index: u16,
+        reply: SyncSender<Option<QueueState>>,
+    },
+    /// Takes back the stop before it, which may be done or not.
+    GoOn {
+        index: u16,
+    },
+    Exchange {
+        engine: Box<dyn Engine>,
+        done: Box<dyn FnOnce() + Send>,
+    },
     Quit,
 }
 
@@ -74,6 +87,8 @@ pub struct Running {
 struct Slot {
     index: u16,
     running: Option<Box<Running>>,
+    /// The one that was stopped last, until another is started.
+    stopped: Option<Box<Running>>,
     source: Option<Listener>,
     /// Until when it rests because of its limits.
     throttled: Option<Instant>,
@@ -150,6 +165,7 @@ impl Service {
                         // Nobody waits for the reply only if the device is gone, and then we are asked to quit.
                         Command::Start { running, reply } => drop(reply.send(self.start(running))),
                         Command::Stop { index, reply } => drop(reply.send(self.stop(index))),
+                        Command::GoOn { index } => self.go_on(index),
                         Command::Exchange { engine, done } => {
                             self.exchange(engine);
                             done();
@@ -197,6 +213,7 @@ impl Service {
         if self.slots[slot].running.is_some() {
             return Err(io::ErrorKind::AlreadyExists.into());
         }
+        self.slots[slot].stopped = None;
         self.engine.start(running.queue.index(), running.features, running.queue.ram())?;
         watch(&self.epoll, ControlOperation::Add, running.kick.as_raw_fd(), slot as u64, EventSet::IN)?;
         self.slots[slot].running = Some(running);
@@ -216,7 +233,27 @@ impl Service {
             running.queue.interrupt();
             self.ignore(&running.kick);
         }
-        Some(running.queue.state())
+        let state = running.queue.state();
+        self.slots[slot].stopped = Some(running);
+        Some(state)
+    }
+
+    fn go_on(&mut self, index: u16) {
+        let Some(slot) = self.slot_of(index) else { return };
+        let Some(mut running) = self.slots[slot].stopped.take() else { return };
+        if running.broken {
+            self.slots[slot].running = Some(running);
+            return;
+        }
+        let started = self.engine.start(index, running.features, running.queue.ram()).and_then(|()| {
+            watch(&self.epoll, ControlOperation::Add, running.kick.as_raw_fd(), slot as u64, EventSet::IN)
+        });
+        if let Err(error) = started {
+            running.broken = true;
+            running.queue.broken(&error);
+        }
+        self.slots[slot].running = Some(running);
+        self.ready |= 1 << slot;
     }
 
     fn exchange(&mut self, engine: Box<dyn Engine>) {

@@ -1,11 +1,16 @@
 use std::sync::{Mutex, MutexGuard};
 
+use std::time::Instant;
+
 use proptest::prelude::*;
+use serde::Deserialize;
+use serde_json::Value;
 
 use super::*;
 use crate::virtio::core::status::{ACKNOWLEDGE, DRIVER, DRIVER_OK, NEEDS_RESET};
 use crate::virtio::feature;
-use crate::virtio::testing::{Driver, FakeHost, QUEUES, Register, Served, mmio};
+use crate::virtio::testing::{Driver, FakeDevice, FakeHost, QUEUES, Register, Served, mmio, mmio_of, ram};
+use crate::virtio::{StateError, StillBusy};
 
 const ADDRESS: u64 = 0xc000_2000;
 const BELL: u64 = ADDRESS + 0x50;
@@ -39,7 +44,54 @@ impl MmioDriver {
     }
 }
 
+/// What a file would hold.
+fn parse(state: &Value) -> Result<MmioStateV1, StateError> {
+    MmioStateV1::deserialize(state).map_err(|error| StateError::new("json", error.to_string()))
+}
+
 impl Driver for MmioDriver {
+    fn over(device: Box<dyn VirtioDevice>, ram: Ram) -> Self {
+        let (device, host, line) = mmio_of(device, ram, ADDRESS);
+        Self { device, host, served: Arc::default(), line }
+    }
+
+    fn of_fake(served: Arc<Mutex<Served>>) -> Self {
+        let driver = Self::over(Box::new(FakeDevice(served.clone())), ram());
+        Self { served, ..driver }
+    }
+
+    fn notify(&mut self, queue: u16) {
+        self.write(0x50, queue.into());
+    }
+
+    fn unmask(&mut self, _queues: u16) {}
+
+    fn heard(&mut self, _queue: u16) -> u64 {
+        let pulses = self.pulses();
+        self.write(0x64, 1);
+        pulses
+    }
+
+    fn suspend(&mut self, deadline: Instant) -> Result<(), StillBusy> {
+        self.device.suspend(deadline)
+    }
+
+    fn resume(&mut self) {
+        self.device.resume();
+    }
+
+    fn save(&self) -> Value {
+        serde_json::to_value(self.device.save()).unwrap()
+    }
+
+    fn check(&self, state: &Value) -> Result<(), StateError> {
+        self.device.check(&parse(state)?)
+    }
+
+    fn restore(&mut self, state: &Value) {
+        self.device.restore(&parse(state).unwrap()).unwrap();
+    }
+
     fn get(&mut self, register: Register) -> u64 {
         let offset = match register {
             Register::DeviceFeatures => 0x10,
@@ -230,4 +282,25 @@ fn a_queue_is_ready_until_it_has_stopped() {
     assert_eq!(driver.running()[0], None);
     driver.enable(0, 0x8000);
     assert!(driver.running()[0].is_some());
+}
+
+#[test]
+fn what_was_not_acknowledged_is_told_again_after_a_move() {
+    let mut driver = running();
+    driver.events().config_changed();
+    driver.pulses();
+    driver.suspend(Instant::now()).unwrap();
+    let state = driver.save();
+    drop(driver);
+    let mut driver = MmioDriver::new();
+    driver.restore(&state);
+    assert_eq!(driver.host.doorbells(), [(BELL, Some(0)), (BELL, Some(1))]);
+    assert_eq!((driver.pulses(), driver.read(0x60)), (0, 2), "not before it goes on");
+    driver.resume();
+    assert_eq!(driver.read(0x60), 3);
+    assert_ne!(driver.pulses(), 0);
+    driver.write(0x64, 3);
+    driver.suspend(Instant::now()).unwrap();
+    driver.resume();
+    assert_eq!((driver.pulses(), driver.read(0x60)), (0, 0));
 }

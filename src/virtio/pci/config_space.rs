@@ -5,6 +5,9 @@
 pub const VENDOR_SPECIFIC: u8 = 0x09;
 const MSIX: u8 = 0x11;
 
+/// Of what there is, in bytes.
+pub const SIZE: usize = 256;
+
 const COMMAND: usize = 0x04;
 const STATUS: usize = 0x06;
 const BAR0: usize = 0x10;
@@ -27,8 +30,8 @@ pub struct Identity {
 }
 
 pub struct ConfigSpace {
-    bytes: [u8; 256],
-    writable: [u8; 256],
+    bytes: [u8; SIZE],
+    writable: [u8; SIZE],
     /// End of the capabilities so far, and where the last one's link is.
     next: usize,
     link: usize,
@@ -38,7 +41,7 @@ pub struct ConfigSpace {
 impl ConfigSpace {
     pub fn new(identity: Identity) -> Self {
         let mut space =
-            Self { bytes: [0; 256], writable: [0; 256], next: FIRST_CAPABILITY, link: CAPABILITIES, msix: None };
+            Self { bytes: [0; SIZE], writable: [0; SIZE], next: FIRST_CAPABILITY, link: CAPABILITIES, msix: None };
         space.put(0, &identity.vendor.to_le_bytes());
         space.put(2, &identity.device.to_le_bytes());
         // Revision 1 or above: a modern-only virtio device (virtio 1.2, 4.1.2.1).
@@ -116,6 +119,23 @@ impl ConfigSpace {
                 *byte = *byte & !mask | new & mask;
             }
         }
+    }
+
+    /// All that is not zeroes for sure.
+    pub fn save(&self) -> Vec<u8> {
+        self.bytes.to_vec()
+    }
+
+    /// Could a guest have made that of this space? Else returns where it could not.
+    pub fn check(&self, saved: &[u8; SIZE]) -> Result<(), usize> {
+        let kept = |at: &usize| (self.bytes[*at] ^ saved[*at]) & !self.writable[*at] == 0;
+        (0..SIZE).find(|at| !kept(at)).map_or(Ok(()), Err)
+    }
+
+    /// The same space with what [`Self::check`] has found to be possible.
+    #[must_use]
+    pub fn with(&self, saved: &[u8; SIZE]) -> Self {
+        Self { bytes: *saved, ..*self }
     }
 
     fn put(&mut self, at: usize, bytes: &[u8]) {

@@ -14,6 +14,7 @@
 mod common;
 mod config_space;
 mod msix;
+mod state;
 mod window;
 
 use std::io;
@@ -24,6 +25,7 @@ use vmm_sys_util::eventfd::EventFd;
 use self::config_space::{ConfigSpace, Identity};
 pub use self::msix::MsiMessage;
 use self::msix::{MsixCarrier, MsixTable};
+pub use self::state::{PciStateV1, VectorStateV1};
 use self::window::Window;
 use super::core::{SharedRegisters, VirtioCore};
 use super::device::{DeviceEvents, DeviceKind, VirtioDevice};
@@ -188,7 +190,7 @@ impl Drop for VirtioPci {
 }
 
 #[cfg(test)]
-pub(super) mod tests;
+pub(crate) mod tests;
 
 /// Capability types of virtio (virtio 1.2, 4.1.4).
 const CAP_COMMON: u8 = 1;

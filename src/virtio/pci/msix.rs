@@ -10,7 +10,7 @@ use std::sync::atomic::{AtomicU16, Ordering};
 
 use vmm_sys_util::eventfd::{EFD_CLOEXEC, EFD_NONBLOCK, EventFd};
 
-use super::PciHost;
+use super::{PciHost, VectorStateV1};
 use crate::virtio::core::SharedRegisters;
 use crate::virtio::signals::{Carrier, Signals, Source};
 
@@ -68,6 +68,10 @@ impl MsixCarrier {
         for fd in &self.vectors {
             let _ = fd.read();
         }
+    }
+
+    pub fn has_vector(&self, vector: u16) -> bool {
+        vector == NO_VECTOR || usize::from(vector) < self.vectors.len()
     }
 
     fn vector_register(&self, source: Source) -> Option<&AtomicU16> {
@@ -161,24 +165,58 @@ impl MsixTable {
         }
     }
 
-    /// Makes KVM listen exactly to what is unmasked, with the message of now.
+    /// All vectors, while the device is silent.
+    pub fn save(&self) -> Vec<VectorStateV1> {
+        let vectors = self.vectors.iter().zip(&self.signals.carrier.vectors);
+        let save = |(vector, fd): (&Vector, &EventFd)| {
+            let [address, rest] = vector.words();
+            let pending = vector.connected.is_none() && is_signalled(fd);
+            VectorStateV1 { address, data: rest as u32, control: (rest >> 32) as u32, pending }
+        };
+        vectors.map(save).collect()
+    }
+
+    /// Takes up as many vectors as there are here.
+    ///
+    /// # Errors
+    /// When the host does not take a message.
+    pub fn restore(&mut self, vectors: &[VectorStateV1], control: u16) -> io::Result<()> {
+        for ((vector, fd), saved) in self.vectors.iter_mut().zip(&self.signals.carrier.vectors).zip(vectors) {
+            vector.entry[..8].copy_from_slice(&saved.address.to_le_bytes());
+            vector.entry[8..12].copy_from_slice(&saved.data.to_le_bytes());
+            vector.entry[12..].copy_from_slice(&saved.control.to_le_bytes());
+            if saved.pending {
+                fd.write(1)?;
+            }
+        }
+        self.control = control;
+        (0..self.vectors.len()).try_for_each(|index| self.try_update(index))
+    }
+
     fn update(&mut self, index: usize) {
+        if let Err(error) = self.try_update(index) {
+            let message = self.vectors[index].message();
+            crate::observe::guest_warning!("MSI-X message {message:x?} is refused: {error}");
+        }
+    }
+
+    /// Makes KVM listen exactly to what is unmasked, with the message of now.
+    fn try_update(&mut self, index: usize) -> io::Result<()> {
         let vector = &mut self.vectors[index];
         let on = self.control & (CONTROL_ENABLE | CONTROL_MASK_ALL) == CONTROL_ENABLE;
         let wanted = (on && vector.entry[CONTROL_OFFSET] & ENTRY_MASKED == 0).then(|| vector.message());
         if wanted == vector.connected {
-            return;
+            return Ok(());
         }
         let fd = &self.signals.carrier.vectors[index];
         if vector.connected.take().is_some() {
             self.host.disconnect(vector.route, fd);
         }
         if let Some(message) = wanted {
-            match self.host.connect(vector.route, message, fd) {
-                Ok(()) => vector.connected = wanted,
-                Err(error) => crate::observe::guest_warning!("MSI-X message {message:x?} is refused: {error}"),
-            }
+            self.host.connect(vector.route, message, fd)?;
+            vector.connected = wanted;
         }
+        Ok(())
     }
 }
 
@@ -191,8 +229,13 @@ impl Drop for MsixTable {
 
 impl Vector {
     fn message(&self) -> MsiMessage {
-        let [address, rest] = [0, 8].map(|at| u64::from_le_bytes(self.entry[at..at + 8].try_into().expect("8 bytes")));
+        let [address, rest] = self.words();
         MsiMessage { address: address & !3, data: rest as u32 }
+    }
+
+    /// The address; the data, and the vector control in the upper half.
+    fn words(&self) -> [u64; 2] {
+        [0, 8].map(|at| u64::from_le_bytes(self.entry[at..at + 8].try_into().expect("8 bytes")))
     }
 }
 

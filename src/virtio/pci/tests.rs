@@ -2,12 +2,17 @@
 
 use std::sync::{Arc, Mutex, MutexGuard};
 
+use std::time::Instant;
+
 use proptest::prelude::*;
+use serde::Deserialize;
+use serde_json::Value;
 
 use super::*;
 use crate::virtio::core::status::{ACKNOWLEDGE, DRIVER, DRIVER_OK, NEEDS_RESET};
 use crate::virtio::feature;
-use crate::virtio::testing::{Driver, FakeHost, QUEUES, Register, Served, function};
+use crate::virtio::testing::{Driver, FakeDevice, FakeHost, QUEUES, Register, Served, function, function_of, ram};
+use crate::virtio::{StateError, StillBusy};
 
 const BAR: u64 = 0xd000_0000;
 
@@ -23,7 +28,63 @@ const QUEUE_SIZE: u64 = 0x18;
 const QUEUE_VECTOR: u64 = 0x1a;
 const QUEUE_DESC: u64 = 0x20;
 
+/// What a file would hold.
+fn parse(state: &Value) -> Result<PciStateV1, StateError> {
+    PciStateV1::deserialize(state).map_err(|error| StateError::new("json", error.to_string()))
+}
+
 impl Driver for PciDriver {
+    fn over(device: Box<dyn VirtioDevice>, ram: Ram) -> Self {
+        let (function, host) = function_of(device, ram, BAR);
+        Self { function, host, served: Arc::default() }
+    }
+
+    fn of_fake(served: Arc<Mutex<Served>>) -> Self {
+        let driver = Self::over(Box::new(FakeDevice(served.clone())), ram());
+        Self { served, ..driver }
+    }
+
+    fn notify(&mut self, queue: u16) {
+        self.write::<2>(0x3000 + 4 * u64::from(queue), queue.into());
+    }
+
+    fn unmask(&mut self, queues: u16) {
+        self.set_msix_control(MSIX_ON);
+        self.write::<2>(0x10, 0);
+        for vector in 0..=queues {
+            self.set_entry(vector.into(), MESSAGE, false);
+        }
+        for queue in 0..queues {
+            self.write::<2>(0x16, queue.into());
+            self.write::<2>(QUEUE_VECTOR, u64::from(queue) + 1);
+        }
+    }
+
+    fn heard(&mut self, queue: u16) -> u64 {
+        self.host.sent(u32::from(queue) + 1)
+    }
+
+    fn suspend(&mut self, deadline: Instant) -> Result<(), StillBusy> {
+        self.function.suspend(deadline)
+    }
+
+    fn resume(&mut self) {
+        self.function.resume();
+    }
+
+    fn save(&self) -> Value {
+        serde_json::to_value(self.function.save()).unwrap()
+    }
+
+    fn check(&self, state: &Value) -> Result<(), StateError> {
+        self.function.check(&parse(state)?)
+    }
+
+    fn restore(&mut self, state: &Value) {
+        let bar = self.function.restore(&parse(state).unwrap()).unwrap();
+        self.function.map_doorbells(bar);
+    }
+
     fn get(&mut self, register: Register) -> u64 {
         match register {
             Register::DeviceFeatureSelect => self.read::<4>(0x00),
@@ -336,5 +397,71 @@ proptest! {
                 prop_assert_eq!(driver.running(), [None, None]);
             }
         }
+    }
+}
+
+#[test]
+fn a_function_is_the_same_after_a_move() {
+    let mut driver = PciDriver::new();
+    driver.negotiate(feature::VERSION_1);
+    driver.unmask(1);
+    driver.enable(0, 0x1000);
+    driver.enable(1, 0x8000);
+    driver.function.config_write(0x10, &0xd100_0000u32.to_le_bytes());
+    driver.function.config_write(0x04, &[6, 4]);
+    driver.function.config_write(0x3c, &[9]);
+    driver.function.map_doorbells(driver.function.bar_address());
+    // One more vector, masked; and a queue that has none.
+    let other = MsiMessage { address: 0xfee0_2000, data: 0x99 };
+    driver.set_entry(2, other, true);
+    driver.run();
+    driver.write::<2>(0x16, 1);
+    driver.write::<2>(QUEUE_VECTOR, 2);
+    let events = driver.events();
+    events.queue_interrupt(1);
+    events.config_changed();
+    driver.suspend(Instant::now()).unwrap();
+    let state = driver.function.save();
+    assert_eq!(state.vectors.iter().map(|vector| vector.pending).collect::<Vec<_>>(), [false, false, true]);
+    assert_eq!((state.config_vector, &state.queue_vectors[..], state.mapped), (0, &[1, 2][..], true));
+    let connected = driver.host.connected();
+    drop(driver);
+
+    let mut driver = PciDriver::new();
+    driver.function.check(&state).unwrap();
+    let bar = driver.function.restore(&state).unwrap();
+    assert_eq!(bar, Some(0xd100_0000));
+    assert_eq!((driver.config_read(0x04) as u16, driver.config_read(0x3c) as u8), (0x406, 9));
+    assert_eq!(driver.host.connected(), connected);
+    assert_eq!(driver.read::<8>(MSIX_PBA), 0b100);
+    assert_eq!(driver.read::<8>(MSIX_TABLE + 32), other.address);
+    assert_eq!(driver.read::<1>(0x1000), 2, "the ISR says that the configuration has changed");
+    driver.set_entry(2, other, false);
+    assert_eq!((driver.host.sent(2), driver.host.sent(1)), (1, 0), "what was pending is sent");
+    driver.resume();
+    assert_eq!([0, 1, 2].map(|vector| driver.host.sent(vector)), [0, 1, 1]);
+}
+
+#[test]
+fn each_rule_of_a_functions_state_has_its_error() {
+    let mut driver = PciDriver::new();
+    driver.unmask(2);
+    driver.suspend(Instant::now()).unwrap();
+    let good = driver.function.save();
+    let refused = |what: fn(&mut PciStateV1)| {
+        let mut state = good.clone();
+        what(&mut state);
+        PciDriver::new().function.check(&state).unwrap_err().to_string()
+    };
+    assert_eq!(refused(|state| state.config.truncate(255)), "config: 255 bytes, and not 256");
+    assert_eq!(
+        refused(|state| state.config[2] = 0x41),
+        "config: byte 0x2 is 0x41, which is not this device's and cannot be written"
+    );
+    assert_eq!(refused(|state| state.mapped = true), "mapped: the BAR is not decoded");
+    assert_eq!(refused(|state| state.vectors.truncate(2)), "vectors: there are 2, and the device has 3");
+    assert_eq!(refused(|state| state.queue_vectors.push(1)), "queue_vectors: there are 3, and the device has 2");
+    for set in [|state: &mut PciStateV1| state.config_vector = 3, |state: &mut PciStateV1| state.queue_vectors[1] = 3] {
+        assert_eq!(refused(set), "config_vector, queue_vectors: 3 is neither below 3 nor 65535 for none");
     }
 }
