@@ -117,9 +117,12 @@ fn judge(error: &MachineError) -> (Exit, Option<String>) {
         MachineError::Host { .. } => {
             (Exit::Internal, hint("look at the limits of open files and threads ('ulimit -a')"))
         }
-        MachineError::Cpu(_) | MachineError::Acpi(_) | MachineError::Plug(_) | MachineError::NotNow { .. } => {
-            (Exit::Internal, None)
-        }
+        MachineError::Cpu(_)
+        | MachineError::Acpi(_)
+        | MachineError::Plug(_)
+        | MachineError::Busy(_)
+        | MachineError::Restore(_)
+        | MachineError::NotNow { .. } => (Exit::Internal, None),
     }
 }
 

@@ -50,6 +50,7 @@ impl Owner {
         match device {
             DeviceId::Disk(id) => description.drives.retain(|drive| drive.drive_id != *id),
             DeviceId::Nic(id) => description.network_interfaces.retain(|nic| nic.iface_id != *id),
+            DeviceId::Entropy => {}
         }
     }
 

@@ -115,8 +115,9 @@ pub fn vm(identity: &Identity, state: &str, plan: &Plan, machine: Option<&Machin
 
 fn device<'a>((id, presence): (&'a DeviceId, Presence)) -> Device<'a> {
     let (kind, id) = match id {
-        DeviceId::Disk(id) => ("disk", id),
-        DeviceId::Nic(id) => ("nic", id),
+        DeviceId::Disk(id) => ("disk", id.as_str()),
+        DeviceId::Nic(id) => ("nic", id.as_str()),
+        DeviceId::Entropy => ("entropy", ""),
     };
     let state = match presence {
         Presence::Present => "present",

@@ -1,8 +1,17 @@
 //! The machine's virtio devices: put behind its transport, and known by name to its owner.
 
+#[allow(dead_code, reason = "the machine that is saved and restored is to come")]
+mod at_rest;
+#[allow(dead_code, reason = "the same")]
+mod state;
+
 use std::fmt;
 use std::sync::{Arc, Mutex};
 
+use serde::{Deserialize, Serialize};
+
+pub use self::at_rest::DeviceBusy;
+pub use self::state::{DevicesStateV1, RestoreError};
 use super::board::Board;
 use super::drive::Drive;
 use super::error::{MachineError, PlugError};
@@ -36,10 +45,12 @@ pub fn mmio_places(transport: Transport, devices: usize) -> Vec<MmioPlace> {
 }
 
 /// What the owner knows a device by. A disk and a network card may have the same name.
-#[derive(Debug, Clone, PartialEq, Eq)]
+#[derive(Debug, Clone, PartialEq, Eq, Serialize, Deserialize)]
+#[serde(rename_all = "lowercase")]
 pub enum DeviceId {
     Disk(String),
     Nic(String),
+    Entropy,
 }
 
 impl fmt::Display for DeviceId {
@@ -47,6 +58,7 @@ impl fmt::Display for DeviceId {
         match self {
             Self::Disk(id) => write!(f, "disk '{id}'"),
             Self::Nic(id) => write!(f, "network card '{id}'"),
+            Self::Entropy => f.write_str("entropy device"),
         }
     }
 }
@@ -74,7 +86,6 @@ impl Opened {
     }
 }
 
-/// A disk or a network card.
 struct Device {
     id: DeviceId,
     place: Place,
@@ -85,20 +96,34 @@ struct Device {
 
 /// Where a device is.
 struct Place {
-    /// On PCI.
-    slot: Option<usize>,
+    seat: Seat,
     /// What it tells its driver by.
     events: Arc<dyn DeviceEvents>,
 }
 
-/// What a device is going to be known by: none for one that no owner asks for.
+enum Seat {
+    /// In a slot of the PCI bus.
+    Pci(usize),
+    Mmio(MmioPlace, Arc<Mutex<VirtioMmio>>),
+}
+
+impl Place {
+    fn slot(&self) -> Option<usize> {
+        match self.seat {
+            Seat::Pci(slot) => Some(slot),
+            Seat::Mmio(..) => None,
+        }
+    }
+}
+
+/// A device without a place, and what it is going to be known by.
 struct Made {
     front: Front,
-    id: Option<DeviceId>,
+    id: DeviceId,
     drive: Option<Drive>,
 }
 
-/// All disks and network cards, and what more of them need.
+/// All devices, and what more of them need.
 pub struct Devices {
     all: Vec<Device>,
     ram: Ram,
@@ -128,6 +153,27 @@ impl Devices {
         interrupts: &Arc<Interrupts>,
         window_64: Option<(u64, u64)>,
     ) -> Result<Self, MachineError> {
+        let mut devices = Self::none(transport, ram, board, interrupts, window_64);
+        let mut places = mmio_places(transport, opened.count()).into_iter();
+        devices.make_all(opened, |devices, made| match places.next() {
+            Some(place) => {
+                let device = devices.behind_mmio(made.front, place, interrupts)?;
+                devices.put_at(place, device, made.id, made.drive, board);
+                Ok(())
+            }
+            None => devices.put_behind_pci(made).map(drop),
+        })?;
+        Ok(devices)
+    }
+
+    /// The buses for them alone.
+    fn none(
+        transport: Transport,
+        ram: &Ram,
+        board: &Board,
+        interrupts: &Arc<Interrupts>,
+        window_64: Option<(u64, u64)>,
+    ) -> Self {
         let pci = has_pci(transport).then(|| {
             let root = Arc::new(Mutex::new(PciRoot::new(&board.mmio, window_64)));
             let placed = board.ports.insert(CONFIG_PORTS.into(), CONFIG_PORTS_LEN, shared(ConfigPorts(root.clone())))
@@ -135,60 +181,73 @@ impl Devices {
             assert!(placed, "{NO_OVERLAP}");
             Pci { root, interrupts: interrupts.clone(), last_slot: 0 }
         });
-        let mut devices = Self { all: Vec::new(), ram: ram.clone(), pci, entropy: None, disks: 0, nics: 0 };
-        let mut places = mmio_places(transport, opened.count()).into_iter();
+        Self { all: Vec::new(), ram: ram.clone(), pci, entropy: None, disks: 0, nics: 0 }
+    }
+
+    /// Makes all devices, in the order that guests number them, and has them put into their places.
+    fn make_all(
+        &mut self,
+        opened: Opened,
+        mut put: impl FnMut(&mut Self, Made) -> Result<(), MachineError>,
+    ) -> Result<(), MachineError> {
         for disk in opened.disks {
-            let made = devices.make_disk(disk)?;
-            devices.put(made, &mut places, board, interrupts)?;
+            let made = self.make_disk(disk)?;
+            put(self, made)?;
         }
         for nic in opened.nics {
-            let made = devices.make_nic(nic)?;
-            devices.put(made, &mut places, board, interrupts)?;
+            let made = self.make_nic(nic)?;
+            put(self, made)?;
         }
         if let Some(EntropyConfig { limits }) = opened.entropy {
             let limiter = Arc::new(Limiter::new(limits));
-            devices.entropy = Some(limiter.clone());
+            self.entropy = Some(limiter.clone());
             let front = rng::device("rng0".into(), limiter);
             let front = front.map_err(MachineError::host("make the entropy device"))?;
-            devices.put(Made { front, id: None, drive: None }, &mut places, board, interrupts)?;
+            put(self, Made { front, id: DeviceId::Entropy, drive: None })?;
         }
-        Ok(devices)
-    }
-
-    /// Puts a device into the next of the places over MMIO; when there is none, behind PCI.
-    fn put(
-        &mut self,
-        made: Made,
-        places: &mut impl Iterator<Item = MmioPlace>,
-        board: &Board,
-        interrupts: &Arc<Interrupts>,
-    ) -> Result<(), MachineError> {
-        let Some(MmioPlace { address, gsi, .. }) = places.next() else { return self.put_behind_pci(made).map(drop) };
-        let device = interrupts.line(gsi).and_then(|line| {
-            VirtioMmio::new(Box::new(made.front), self.ram.clone(), interrupts.clone(), address, line)
-        });
-        let device = device.map_err(MachineError::host("make an MMIO device"))?;
-        self.know(made.id, made.drive, Place { slot: None, events: device.events() });
-        assert!(board.mmio.insert(address, mmio::REGISTERS_SIZE, shared(device)), "{NO_OVERLAP}");
         Ok(())
     }
 
-    fn know(&mut self, id: Option<DeviceId>, drive: Option<Drive>, place: Place) {
-        self.all.extend(id.map(|id| Device { id, place, presence: Presence::Present, drive }));
+    fn behind_mmio(
+        &self,
+        front: Front,
+        place: MmioPlace,
+        interrupts: &Arc<Interrupts>,
+    ) -> Result<VirtioMmio, MachineError> {
+        let device = interrupts.line(place.gsi).and_then(|line| {
+            VirtioMmio::new(Box::new(front), self.ram.clone(), interrupts.clone(), place.address, line)
+        });
+        device.map_err(MachineError::host("make an MMIO device"))
+    }
+
+    fn put_at(&mut self, place: MmioPlace, device: VirtioMmio, id: DeviceId, drive: Option<Drive>, board: &Board) {
+        let (events, device) = (device.events(), shared(device));
+        assert!(board.mmio.insert(place.address, mmio::REGISTERS_SIZE, device.clone()), "{NO_OVERLAP}");
+        self.know(id, drive, Place { seat: Seat::Mmio(place, device), events });
+    }
+
+    fn behind_pci(pci: &Pci, ram: &Ram, front: Front, slot: usize) -> Result<VirtioPci, MachineError> {
+        let bar = PciRoot::initial_bar(slot);
+        let function = VirtioPci::new(Box::new(front), ram.clone(), pci.interrupts.clone(), bar);
+        function.map_err(MachineError::host("make a PCI function"))
+    }
+
+    fn know(&mut self, id: DeviceId, drive: Option<Drive>, place: Place) {
+        self.all.push(Device { id, place, presence: Presence::Present, drive });
     }
 
     fn make_disk(&mut self, disk: OpenDisk) -> Result<Made, MachineError> {
         let id = self.vacant(DeviceId::Disk(disk.id().to_owned()))?;
         let (front, drive) = disk.into_device(format!("block{}", self.disks))?;
         self.disks += 1;
-        Ok(Made { front, id: Some(id), drive: Some(drive) })
+        Ok(Made { front, id, drive: Some(drive) })
     }
 
     fn make_nic(&mut self, nic: OpenNic) -> Result<Made, MachineError> {
         let id = self.vacant(DeviceId::Nic(nic.id().to_owned()))?;
         let front = nic.into_device(format!("net{}", self.nics))?;
         self.nics += 1;
-        Ok(Made { front, id: Some(id), drive: None })
+        Ok(Made { front, id, drive: None })
     }
 
     /// The name, if it is nobody's.
@@ -204,10 +263,8 @@ impl Devices {
     fn put_behind_pci(&mut self, made: Made) -> Result<usize, MachineError> {
         let pci = self.pci.as_mut().ok_or(PlugError::NoPci)?;
         let slot = PciRoot::free_slot(&pci.root, pci.last_slot).ok_or(PlugError::NoSlot)?;
-        let bar = PciRoot::initial_bar(slot);
-        let function = VirtioPci::new(Box::new(made.front), self.ram.clone(), pci.interrupts.clone(), bar);
-        let function = function.map_err(MachineError::host("make a PCI function"))?;
-        let place = Place { slot: Some(slot), events: function.events() };
+        let function = Self::behind_pci(pci, &self.ram, made.front, slot)?;
+        let place = Place { seat: Seat::Pci(slot), events: function.events() };
         PciRoot::insert(&pci.root, slot, function);
         pci.last_slot = slot;
         self.know(made.id, made.drive, place);
@@ -257,7 +314,7 @@ impl Devices {
     /// Notes that the guest is asked to let go of a device. Returns the slot to ask for; none if it has let go already.
     pub fn expect_to_leave(&mut self, id: &DeviceId) -> Result<Option<usize>, PlugError> {
         let device = self.find(id)?;
-        let slot = device.place.slot.ok_or(PlugError::NoPci)?;
+        let slot = device.place.slot().ok_or(PlugError::NoPci)?;
         if device.presence == Presence::Ejected {
             return Ok(None);
         }
@@ -268,7 +325,7 @@ impl Devices {
     /// The guest has let go of what is in `slot`: takes it apart if it was asked to. [`EventQueue::dismantled`] tells
     /// when that is done. `false` if the guest was not asked.
     pub fn eject(&mut self, slot: usize, events: &Arc<EventQueue>) -> bool {
-        let leaving = |device: &&mut Device| device.place.slot == Some(slot) && device.presence == Presence::Leaving;
+        let leaving = |device: &&mut Device| device.place.slot() == Some(slot) && device.presence == Presence::Leaving;
         let (Some(device), Some(pci)) = (self.all.iter_mut().find(leaving), &self.pci) else { return false };
         device.presence = Presence::Ejected;
         let (function, closer) = (PciRoot::remove(&pci.root, slot), device.drive.as_ref().and_then(Drive::closer));
@@ -292,13 +349,15 @@ impl Devices {
 
     /// Forgets a device that has been taken apart.
     pub fn forget(&mut self, slot: usize) -> Option<DeviceId> {
-        let gone = |device: &Device| device.place.slot == Some(slot) && device.presence == Presence::Ejected;
+        let gone = |device: &Device| device.place.slot() == Some(slot) && device.presence == Presence::Ejected;
         let at = self.all.iter().position(gone)?;
         Some(self.all.remove(at).id)
     }
 
+    /// Those that come and go: disks and network cards.
     pub fn iter(&self) -> impl Iterator<Item = (&DeviceId, Presence)> {
-        self.all.iter().map(|device| (&device.id, device.presence))
+        let all = self.all.iter().map(|device| (&device.id, device.presence));
+        all.filter(|(id, _)| !matches!(id, DeviceId::Entropy))
     }
 
     pub fn entropy_traffic(&self) -> Option<&Traffic> {

@@ -94,7 +94,7 @@ impl Machine {
     pub(super) fn follow_replacements(&mut self, notices: &mut Vec<Notice>) {
         let replaced = self.devices.take_replaced().filter_map(|id| match id {
             DeviceId::Disk(id) => Some(Notice::Replaced(id.clone())),
-            DeviceId::Nic(_) => None,
+            DeviceId::Nic(_) | DeviceId::Entropy => None,
         });
         notices.extend(replaced);
     }

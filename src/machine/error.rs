@@ -5,7 +5,7 @@ use std::path::PathBuf;
 
 use thiserror::Error;
 
-use super::devices::DeviceId;
+use super::devices::{DeviceBusy, DeviceId, RestoreError};
 use crate::backend::disk::DiskError;
 use crate::backend::passt::PasstError;
 use crate::backend::tap::TapError;
@@ -42,6 +42,10 @@ pub enum MachineError {
     Acpi(#[from] AcpiError),
     #[error(transparent)]
     Plug(#[from] PlugError),
+    #[error(transparent)]
+    Busy(#[from] DeviceBusy),
+    #[error("the VM's saved devices cannot be restored")]
+    Restore(#[from] RestoreError),
     #[error("{request} means nothing while the VM is {state}")]
     NotNow { request: &'static str, state: &'static str },
     #[error("the host has no resources left to {what}")]

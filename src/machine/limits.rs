@@ -44,6 +44,7 @@ impl Limits {
         match device {
             DeviceId::Disk(gone) => self.disks.retain(|(id, _)| id != gone),
             DeviceId::Nic(gone) => self.nics.retain(|(id, _)| id != gone),
+            DeviceId::Entropy => {}
         }
     }
 

@@ -18,7 +18,7 @@ use std::os::fd::RawFd;
 use std::sync::{Arc, Mutex, MutexGuard, PoisonError};
 use std::time::Duration;
 
-pub use self::devices::{DeviceId, Presence};
+pub use self::devices::{DeviceBusy, DeviceId, DevicesStateV1, Presence, RestoreError};
 pub use self::drive::Replacement;
 pub use self::error::{KvmError, MachineError, PlugError};
 pub use self::lifecycle::{End, State};

@@ -18,7 +18,7 @@ use crate::config::{
     VmConfig,
 };
 use crate::devices::block::{BlockDevice, BlockOptions, Rings};
-use crate::devices::net::{NetLimiters, NetOptions};
+use crate::devices::net::{NetLimiters, NetOptions, NetShapeV1};
 use crate::devices::{Front, block, net};
 use crate::platform::serial::{SerialOutput, stdout_file};
 
@@ -193,6 +193,12 @@ impl OpenNic {
     #[must_use]
     pub fn id(&self) -> &str {
         &self.id
+    }
+
+    /// Has the card be one that a guest knows already, or refuse.
+    #[allow(dead_code, reason = "see devices::state")]
+    pub(super) fn keep_shape(&mut self, shape: NetShapeV1) {
+        self.options.shape = Some(shape);
     }
 
     pub(super) fn limiters(&self) -> NicLimiters {

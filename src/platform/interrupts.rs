@@ -32,6 +32,8 @@ struct Routes {
     messages: Vec<Option<MsiMessage>>,
     /// Those that have been given back.
     free: Vec<u32>,
+    /// KVM gets the table when all changes are made.
+    held_back: bool,
 }
 
 impl Routes {
@@ -86,14 +88,35 @@ impl Interrupts {
             return Ok(());
         }
         let before = slot.replace(message);
-        let entries = routing_entries(&routes.messages);
-        let routing = KvmIrqRouting::from_entries(&entries).map_err(|_| io::ErrorKind::InvalidInput)?;
-        self.vm.set_gsi_routing(&routing).map_err(|error| {
+        if routes.held_back {
+            return Ok(());
+        }
+        self.hand_over(&routes).inspect_err(|_| {
             if let Some(slot) = routes.message(gsi) {
                 *slot = before;
             }
-            error.into()
         })
+    }
+
+    fn hand_over(&self, routes: &Routes) -> io::Result<()> {
+        let entries = routing_entries(&routes.messages);
+        let routing = KvmIrqRouting::from_entries(&entries).map_err(|_| io::ErrorKind::InvalidInput)?;
+        Ok(self.vm.set_gsi_routing(&routing)?)
+    }
+
+    /// Has KVM take the table once, after all that `change` does to it. No message is sent before that.
+    ///
+    /// # Errors
+    /// When KVM refuses.
+    pub fn at_once<T>(&self, change: impl FnOnce() -> T) -> io::Result<T> {
+        self.routes().held_back = true;
+        let result = change();
+        let mut routes = self.routes();
+        routes.held_back = false;
+        if routes.messages.iter().any(Option::is_some) {
+            self.hand_over(&routes)?;
+        }
+        Ok(result)
     }
 }
 

@@ -1,7 +1,10 @@
 //! The PCI root: one bus, its configuration space over ports (0xcf8) and memory (ECAM), and where BARs answer.
 
+mod state;
+
 use std::sync::{Arc, Mutex, MutexGuard, PoisonError, Weak};
 
+pub use self::state::PciRootStateV1;
 use super::bus::{Bus, BusDevice};
 use super::layout;
 use crate::virtio::pci::{BAR_SIZE, BarAddress, VirtioPci};
