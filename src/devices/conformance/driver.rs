@@ -179,6 +179,13 @@ impl Ring {
 
     /// Kicks if the device asked for it.
     pub fn kick(&mut self) {
+        if self.wants_kick() {
+            self.kick_anyway();
+        }
+    }
+
+    /// Has the device asked to be kicked for what has come since the last look?
+    pub fn wants_kick(&mut self) -> bool {
         fence(Ordering::SeqCst);
         let used = self.layout.used;
         let wanted = if self.features & feature::EVENT_IDX != 0 {
@@ -188,9 +195,7 @@ impl Ring {
             self.load(used) & 1 == 0
         };
         self.kicked = self.avail;
-        if wanted {
-            self.kick_anyway();
-        }
+        wanted
     }
 
     pub fn kick_anyway(&self) {
@@ -224,6 +229,20 @@ impl Ring {
 
     /// Waits for `count` used entries, by interrupts alone.
     pub fn wait_used(&mut self, count: usize) -> Vec<(u32, u32)> {
+        let (index, events) = (self.index, self.events.clone());
+        let mut heard = self.interrupts;
+        let entries = self.wait_used_by(count, || {
+            let told = events.wait(|events, broken| events.interrupts(index) != heard || broken.is_some());
+            assert_eq!(events.broken(), None);
+            heard = events.interrupts(index);
+            told
+        });
+        self.interrupts = heard;
+        entries
+    }
+
+    /// The same, where `told` waits for an interrupt; false if none comes.
+    pub fn wait_used_by(&mut self, count: usize, mut told: impl FnMut() -> bool) -> Vec<(u32, u32)> {
         let mut entries = Vec::new();
         loop {
             entries.extend(self.collect());
@@ -237,12 +256,9 @@ impl Ring {
             if self.used_index() != self.seen {
                 continue;
             }
-            let (index, heard) = (self.index, self.interrupts);
-            let told = self.events.wait(|events, broken| events.interrupts(index) != heard || broken.is_some());
-            assert_eq!(self.events.broken(), None);
+            let told = told();
             assert!(told || self.used_index() == self.seen, "an interrupt was lost");
             assert!(told, "{} of {count} requests were answered", entries.len());
-            self.interrupts = self.events.interrupts(index);
         }
     }
 }

@@ -62,6 +62,48 @@ fn it_can_be_asked_to_stop() {
 }
 
 #[test]
+fn a_stop_that_nobody_waits_for_any_more_is_taken_back() {
+    let (begun, requests) = mpsc::sync_channel(8);
+    let gate = Arc::<Mutex<()>>::default();
+    let engine = Hanging { begun, gate: gate.clone() };
+    let worker = Worker::spawn("hanging", Box::new(engine), &[(0, 64)]).unwrap();
+    let mut device = Front::new(DeviceKind::Rng, "hanging".into(), feature::RING, NoConfig, vec![Box::new(worker)]);
+    let mut ring = Ring::new(&memory(), 0, 64, feature::VERSION_1);
+    let publish = |ring: &mut Ring, slot| {
+        ring.chain(slot, &[readable(0x10_0000, 16)], false);
+        ring.publish(slot);
+    };
+    publish(&mut ring, 0);
+    publish(&mut ring, 1);
+    let hung = gate.lock().unwrap();
+    ring.start(&mut device, None);
+    requests.recv().unwrap();
+    for _ in 0..3 {
+        assert_eq!(device.stop_queue_within(0, Duration::ZERO), Err(StillBusy));
+        device.continue_queue(0);
+    }
+    drop(hung);
+    assert_eq!(ring.wait_used(2).len(), 2);
+    // Taken back when it was done already.
+    let hung = gate.lock().unwrap();
+    publish(&mut ring, 2);
+    ring.kick();
+    requests.recv().unwrap();
+    requests.recv().unwrap();
+    assert_eq!(device.stop_queue_within(0, Duration::ZERO), Err(StillBusy));
+    publish(&mut ring, 3);
+    drop(hung);
+    assert_eq!(ring.wait_used(1).len(), 1);
+    device.continue_queue(0);
+    assert_eq!(ring.wait_used(1).len(), 1);
+    let state = device.stop_queue(0).unwrap();
+    assert_eq!((state.next_avail, state.next_used), (4, 4));
+    // What has been stopped and asked for stays so.
+    device.continue_queue(0);
+    assert_eq!(device.stop_queue(0), None);
+}
+
+#[test]
 fn another_engine_waits_for_it_and_nobody_else_does() {
     let (begun, requests) = mpsc::sync_channel(8);
     let gate = Arc::<Mutex<()>>::default();

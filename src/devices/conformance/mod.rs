@@ -7,14 +7,18 @@ mod limits;
 mod net;
 mod pairs;
 mod random;
+mod saving;
 pub mod specimens;
 mod tray;
 mod user;
 
+use std::time::Duration;
+
 use driver::{INDIRECT, NEXT, Ring, WRITE, memory};
 use specimens::{Specimen, specimens};
 
-use crate::virtio::{VirtioDevice, feature};
+use crate::memory::Ram;
+use crate::virtio::{StillBusy, VirtioDevice, feature};
 
 /// Where the buffers of request `n` are.
 fn area(n: u32) -> u64 {
@@ -58,16 +62,8 @@ impl Bench {
     /// Waits for the answers to the first requests of those that have none yet, and finds no others.
     fn settle_first(&mut self, count: u32) {
         let settled = self.answered + count;
-        let mut expected: Vec<u32> = (self.answered..settled).collect();
-        for (head, written) in self.ring.wait_used(expected.len()) {
-            let name = self.specimen.name();
-            let at = expected.iter().position(|n| n % 8 * 8 == head);
-            let at = at.unwrap_or_else(|| panic!("{name}: {head} answers none of {expected:?}"));
-            assert!(at == 0 || !self.specimen.in_order(), "{name}: request {}", expected[0]);
-            let n = expected.remove(at);
-            self.specimen.check(&self.ring.ram, n, area(n), written);
-        }
-        assert!(expected.is_empty(), "{expected:?} have no answer");
+        let used = self.ring.wait_used(count as usize);
+        check_answers(&mut *self.specimen, &self.ring.ram, self.answered..settled, &used);
         self.answered = settled;
     }
 
@@ -78,6 +74,20 @@ impl Bench {
         self.ring.start(&mut *self.device, None);
         (self.made, self.answered) = (0, 0);
     }
+}
+
+/// Checks that these used entries answer just those requests.
+fn check_answers(specimen: &mut dyn Specimen, ram: &Ram, requests: std::ops::Range<u32>, used: &[(u32, u32)]) {
+    let mut expected: Vec<u32> = requests.collect();
+    for &(head, written) in used {
+        let name = specimen.name();
+        let at = expected.iter().position(|n| n % 8 * 8 == head);
+        let at = at.unwrap_or_else(|| panic!("{name}: {head} answers none of {expected:?}"));
+        assert!(at == 0 || !specimen.in_order(), "{name}: request {}", expected[0]);
+        let n = expected.remove(at);
+        specimen.check(ram, n, area(n), written);
+    }
+    assert!(expected.is_empty(), "{expected:?} have no answer");
 }
 
 /// Each device with and without `EVENT_IDX`, and mergeable buffers where there are some.
@@ -144,6 +154,26 @@ fn stopped_in_mid_flight_it_goes_on_where_it_was() {
             }
             bench.settle();
         }
+    }
+}
+
+#[test]
+fn a_stop_can_be_taken_back() {
+    for mut bench in benches() {
+        for round in 0..50 {
+            for i in 0..8 {
+                bench.make(i % 2 == 0);
+            }
+            bench.ring.kick();
+            for _ in 0..round % 3 {
+                match bench.device.stop_queue_within(bench.ring.index, Duration::ZERO) {
+                    Ok(state) => bench.ring.start(&mut *bench.device, state),
+                    Err(StillBusy) => bench.device.continue_queue(bench.ring.index),
+                }
+            }
+            bench.settle();
+        }
+        assert!(bench.device.stop_queue(bench.ring.index).is_some(), "it runs");
     }
 }
 

@@ -18,11 +18,15 @@ use crate::devices::rng::RngEngine;
 use crate::devices::worker::Engine;
 use crate::devices::{Front, block, net, rng};
 use crate::memory::Ram;
-use crate::virtio::VirtioDevice;
+use crate::virtio::{OwnStateV1, VirtioDevice};
 
 pub trait Specimen {
     fn name(&self) -> &'static str;
     fn device(&self) -> Box<dyn VirtioDevice>;
+    /// One that can go on from what was saved of another.
+    fn device_again(&self, _own: &OwnStateV1) -> Box<dyn VirtioDevice> {
+        self.device()
+    }
     /// The part that serves the queues, to be called without a thread.
     fn engine(&self) -> Box<dyn Engine>;
     /// The queue that the requests go to.
@@ -290,6 +294,11 @@ impl Packets {
         Ok(Box::new(device?))
     }
 
+    fn device_again(&self, own: &OwnStateV1) -> Box<dyn VirtioDevice> {
+        let shape = Some(net::saved_shape(own).unwrap());
+        self.device_of(NetOptions { shape, ..NetOptions::default() }).unwrap()
+    }
+
     pub fn engine(&self) -> Box<dyn Engine> {
         let (name, limiters) = (self.name.into(), self.limiters.clone());
         if self.stream {
@@ -349,6 +358,10 @@ impl Specimen for Receive {
         self.0.device()
     }
 
+    fn device_again(&self, own: &OwnStateV1) -> Box<dyn VirtioDevice> {
+        self.0.device_again(own)
+    }
+
     fn engine(&self) -> Box<dyn Engine> {
         self.0.engine()
     }
@@ -397,6 +410,10 @@ impl Specimen for Send {
         self.0.device()
     }
 
+    fn device_again(&self, own: &OwnStateV1) -> Box<dyn VirtioDevice> {
+        self.0.device_again(own)
+    }
+
     fn engine(&self) -> Box<dyn Engine> {
         self.0.engine()
     }
@@ -435,6 +452,10 @@ impl Specimen for Commands {
 
     fn device(&self) -> Box<dyn VirtioDevice> {
         self.0.device()
+    }
+
+    fn device_again(&self, own: &OwnStateV1) -> Box<dyn VirtioDevice> {
+        self.0.device_again(own)
     }
 
     fn engine(&self) -> Box<dyn Engine> {

@@ -160,6 +160,15 @@ impl PciDriver {
         found
     }
 
+    /// Masks the vector that [`Driver::unmask`] gave to a queue, or unmasks it.
+    pub fn mask(&mut self, queue: u16, masked: bool) {
+        self.write::<4>(MSIX_TABLE + 16 * (u64::from(queue) + 1) + 12, masked.into());
+    }
+
+    pub fn is_pending(&mut self, queue: u16) -> bool {
+        self.read::<8>(MSIX_PBA) & 2 << queue != 0
+    }
+
     fn set_entry(&mut self, vector: u64, message: MsiMessage, masked: bool) {
         let at = MSIX_TABLE + 16 * vector;
         self.write::<8>(at, message.address);
