@@ -372,3 +372,6 @@ impl Devices {
 }
 
 const DISMANTLING_STACK: usize = 128 << 10;
+
+#[cfg(test)]
+mod tests;

@@ -11,7 +11,7 @@ pub mod state;
 #[cfg(test)]
 pub(crate) mod testing;
 #[cfg(test)]
-mod tests;
+pub(crate) mod tests;
 
 pub use device::{DeviceEvents, DeviceKind, QueueLayout, QueueResources, QueueState, StillBusy, VirtioDevice};
 pub use doorbells::Doorbells;
