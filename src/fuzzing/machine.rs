@@ -12,7 +12,7 @@ use vmm_sys_util::eventfd::{EFD_CLOEXEC, EFD_NONBLOCK, EventFd};
 
 use super::input::Input;
 use super::queues::{self, MEMORY};
-use crate::config::{CacheMode, IoEngine};
+use crate::config::{CacheMode, IoEngine, MacAddress};
 use crate::devices::block::{BlockOptions, Rings};
 use crate::devices::net::{NetLimiters, NetOptions};
 use crate::devices::{Front, block, net, rng};
@@ -49,7 +49,7 @@ const WINDOW_64: (u64, u64) = (1 << 37, 1 << 38);
 
 /// In the place of KVM: it takes any doorbell and message once, and gives back only what it has.
 #[derive(Default)]
-struct Host(Mutex<Listening>);
+pub struct Host(Mutex<Listening>);
 
 #[derive(Default)]
 struct Listening {
@@ -105,19 +105,23 @@ impl EventSink for Unheard {
     fn guest_event(&self, _event: GuestEvent) {}
 }
 
-fn eventfd() -> EventFd {
+pub fn eventfd() -> EventFd {
     EventFd::new(EFD_NONBLOCK | EFD_CLOEXEC).expect("an eventfd")
 }
 
+fn options_of_card() -> NetOptions {
+    NetOptions { mac: Some(MacAddress([2, 0, 0, 0, 0, 1])), ..NetOptions::default() }
+}
+
 /// A disk, a network card, entropy. The file is the other end of the network.
-fn devices() -> (Vec<Front>, File) {
+pub fn devices() -> (Vec<Front>, File) {
     let (files, disk) = queues::disk(false);
     let rings = Rings::new(&disk, &files, IoEngine::Sync, 1).expect("no rings can always be had");
     let options = BlockOptions { id: Some("fuzzed"), cache: CacheMode::Writeback, queues: 1 };
     let (tap, network) = queues::network();
     let devices = [
         block::device("block0".into(), &disk, rings, options, Arc::default()).map(|block| block.front),
-        net::device("net0".into(), vec![tap], Vec::new(), NetOptions::default(), NetLimiters::default()),
+        net::device("net0".into(), vec![tap], Vec::new(), options_of_card(), NetLimiters::default()),
         rng::device("rng0".into(), Arc::default()),
     ];
     (devices.into_iter().map(|device| device.expect("threads for a device")).collect(), network)

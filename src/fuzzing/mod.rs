@@ -3,6 +3,7 @@
 //!
 //! - [`queues`]: rings and requests in guest memory, served by a device's engine
 //! - [`pci`], [`mmio`]: accesses of a guest to a machine's devices
+//! - [`states`]: the saved state of a device
 //! - [`kernel`], [`package`], [`qcow2`], [`root`]: files, and disks that a guest brings
 //! - [`options`]: what a user types
 //! - [`http`]: what comes over the API's socket
@@ -20,6 +21,7 @@ mod queues;
 mod recorder;
 #[cfg(test)]
 mod seeds;
+mod states;
 #[cfg(test)]
 mod tests;
 
@@ -30,3 +32,4 @@ pub use self::messages::http;
 pub use self::queues::queues;
 #[cfg(feature = "fuzzing")]
 pub use self::recorder::recorded;
+pub use self::states::states;

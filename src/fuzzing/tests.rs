@@ -7,10 +7,11 @@ use super::*;
 /// A target of `fuzz/`, and what it drives.
 pub type Target = (&'static str, fn(&[u8]));
 
-pub const TARGETS: [Target; 9] = [
+pub const TARGETS: [Target; 10] = [
     ("queues", queues),
     ("pci", pci),
     ("mmio", mmio),
+    ("states", states),
     ("kernel", kernel),
     ("package", package),
     ("qcow2", qcow2),

@@ -11,7 +11,7 @@ use super::driver::{Ring, memory, readable, writable};
 use super::net::{ip, own_network};
 use crate::backend::{OpenDirectly, Tap, TapError, VhostNet};
 use crate::devices::Front;
-use crate::devices::net::{NetLimiters, NetOptions, device};
+use crate::devices::net::{NetLimiters, NetOptions, device, saved_shape};
 use crate::memory::Ram;
 use crate::virtio::{VirtioDevice, feature};
 
@@ -36,19 +36,30 @@ impl Card {
         ip("link set dev tap0 up");
         ip("addr add 10.0.0.1/24 dev tap0");
         ip("neigh add 10.0.0.2 lladdr 02:00:00:00:00:07 dev tap0 nud permanent");
-        let vhosts = match (0..if vhost { 2 } else { 0 }).map(|_| VhostNet::open(&OpenDirectly)).collect() {
-            Ok(vhosts) => vhosts,
-            Err(error) => {
-                eprintln!("*** NOT TESTED: {what}: {error}");
-                return None;
-            }
-        };
-        let taps = Tap::attach(&OpenDirectly, "tap0", 2).unwrap();
+        if vhost && let Err(error) = VhostNet::open(&OpenDirectly) {
+            eprintln!("*** NOT TESTED: {what}: {error}");
+            return None;
+        }
         let options = NetOptions { mac: Some(crate::config::MacAddress(MAC)), mtu: None, shape: None };
-        Some(Self {
-            front: device("net0".into(), taps, vhosts, options, NetLimiters::default()).unwrap(),
-            ram: memory(),
-        })
+        Some(Self { front: Self::front(vhost, options), ram: memory() })
+    }
+
+    fn front(vhost: bool, options: NetOptions) -> Front {
+        let vhosts = (0..if vhost { 2 } else { 0 }).map(|_| VhostNet::open(&OpenDirectly).unwrap()).collect();
+        let taps = Tap::attach(&OpenDirectly, "tap0", 2).unwrap();
+        device("net0".into(), taps, vhosts, options, NetLimiters::default()).unwrap()
+    }
+
+    /// Another card in place of this one, which goes on as it was saved; its queues are stopped.
+    fn again(self, vhost: bool, features: u64) -> Self {
+        let own = self.front.save();
+        drop(self.front);
+        let shape = Some(saved_shape(&own).unwrap());
+        let mut front = Self::front(vhost, NetOptions { shape, ..NetOptions::default() });
+        front.check(&own, features).unwrap();
+        assert!(!front.restore(&own).unwrap(), "its configuration is the same");
+        assert_eq!(front.save(), own);
+        Self { front, ..self }
     }
 
     fn ring(&mut self, index: u16, features: u64) -> Ring {
@@ -173,6 +184,82 @@ fn pairs_come_and_go_with_vhost() {
     if let Some(card) = Card::new("vhost-net", true) {
         pairs_come_and_go(card);
     }
+}
+
+/// Both pairs in use, a changed address, no offloads: so it is after each move, whoever moves the frames then.
+fn pairs_stay_what_they_are(what: &str, hosts: &[bool]) {
+    let Some(mut card) = Card::new(what, hosts[0]) else { return };
+    let features = card.front.features();
+    let mut receivers = [card.receiver(0, u64::MAX), card.receiver(1, u64::MAX)];
+    let mut control = card.ring(4, u64::MAX);
+    for bytes in [&[4u8, 0, 2, 0][..], &[1, 1, 2, 9, 9, 9, 9, 9], &[5, 0, 0, 0, 0, 0, 0, 0, 0, 0]] {
+        assert_eq!(command(&mut control, bytes), 0);
+    }
+    for &vhost in hosts {
+        let states = [0, 2, 4].map(|index| card.front.stop_queue(index).unwrap());
+        let used = receivers.each_ref().map(Ring::used_index);
+        assert_eq!([states[0].next_used, states[1].next_used], used);
+        card = card.again(vhost, features);
+        assert_eq!(card.mac(), [2, 9, 9, 9, 9, 9]);
+        for (ring, state) in receivers.iter().chain([&control]).zip(states) {
+            ring.start(&mut card.front, Some(state));
+        }
+        let [first, second] = &mut receivers;
+        let (counts, flags) = spread(&mut [first, second]);
+        assert!(counts[0] > 0 && counts[1] > 0, "{counts:?}");
+        assert_eq!(flags & 1, 0, "no offloads");
+        assert_eq!(command(&mut control, &[200, 0, 0, 0]), 1);
+    }
+    // A driver that resets it finds it as it was at first.
+    for index in [0, 2, 4] {
+        card.front.stop_queue(index).unwrap();
+    }
+    card.front.reset();
+    assert_eq!(card.mac(), MAC);
+}
+
+#[test]
+fn pairs_stay_what_they_are_with_threads() {
+    pairs_stay_what_they_are("moves of a card of two pairs", &[false, false]);
+}
+
+#[test]
+fn pairs_stay_what_they_are_with_vhost() {
+    pairs_stay_what_they_are("moves of a card with vhost", &[true, true, false, true]);
+}
+
+#[test]
+fn each_rule_of_a_cards_state_has_its_error() {
+    let Some(card) = Card::new("the state of a card", false) else { return };
+    let own = card.front.save();
+    let refused = |field: &str, value: serde_json::Value, features| {
+        let mut changed = own.clone();
+        *changed.state.pointer_mut(field).unwrap() = value;
+        card.front.check(&changed, features).map_err(|error| error.to_string())
+    };
+    let csum = 1u64 << net::VIRTIO_NET_F_GUEST_CSUM;
+    for (field, value, features, expected) in [
+        ("/active_pairs", 2.into(), 0, Ok(())),
+        ("/active_pairs", 3.into(), 0, Err("state.active_pairs: 3 of 2")),
+        ("/active_pairs", 0.into(), 0, Err("state.active_pairs: 0 of 2")),
+        ("/mac/0", 3.into(), 0, Err("state.mac: [3, 0, 0, 0, 0, 7] is not one station's")),
+        ("/chosen_offloads", csum.into(), csum, Ok(())),
+        (
+            "/chosen_offloads",
+            csum.into(),
+            0,
+            Err("state.chosen_offloads: 0x2 are not all among those that were negotiated"),
+        ),
+        (
+            "/chosen_offloads",
+            MQ.into(),
+            MQ,
+            Err("state.chosen_offloads: 0x400000 are not all among those that were negotiated"),
+        ),
+    ] {
+        assert_eq!(refused(field, value, features), expected.map_err(str::to_owned), "{field}");
+    }
+    assert!(refused("/shape/mtu", 1400.into(), 0).unwrap_err().starts_with("state.shape: the card is "));
 }
 
 #[test]
