@@ -12,6 +12,7 @@ use super::queues::MEMORY;
 use crate::memory::anonymous;
 use crate::platform::layout;
 use crate::platform::pci::PciRoot;
+use crate::virtio::core::state::CoreStateV1;
 use crate::virtio::mmio::VirtioMmio;
 use crate::virtio::pci::VirtioPci;
 
@@ -22,6 +23,12 @@ fn parse<T: DeserializeOwned>(text: &[u8]) -> Option<T> {
 
 fn soon() -> Instant {
     Instant::now() + Duration::from_secs(60)
+}
+
+/// It is what it was, but for what the host has changed since: a disk may have grown, a cable be in.
+fn assert_same(now: &CoreStateV1, saved: &CoreStateV1) {
+    let now = CoreStateV1 { own: saved.own.clone(), ..now.clone() };
+    assert_eq!(now, *saved);
 }
 
 /// Restores a device: a byte for which of a machine's devices it is, and whether behind PCI; then its state, as JSON.
@@ -45,7 +52,7 @@ pub fn restore(input: &mut Input<'_>) -> Option<bool> {
         }
         let bar = function.restore(&state).expect("what has been checked can be taken up");
         function.map_doorbells(bar);
-        assert_eq!(function.save().core, state.core, "it is what it was");
+        assert_same(&function.save().core, &state.core);
         function.resume();
         function.suspend(soon()).expect("nothing hangs");
         function.check(&function.save()).expect("what was restored can be saved");
@@ -56,7 +63,7 @@ pub fn restore(input: &mut Input<'_>) -> Option<bool> {
             return Some(false);
         }
         device.restore(&state).expect("what has been checked can be taken up");
-        assert_eq!(device.save(), state, "it is what it was");
+        assert_same(&device.save().core, &state.core);
         device.resume();
         device.suspend(soon()).expect("nothing hangs");
         device.check(&device.save()).expect("what was restored can be saved");
