@@ -9,6 +9,7 @@ use crate::backend::tap::TapError;
 use crate::boot::{BootError, Minimum};
 use crate::kernels::KernelsError;
 use crate::machine::{End, KvmError, MachineError};
+use crate::memory::MemoryError;
 
 /// How the program ends. The numbers are a promise: docs/exit-codes.md lists them.
 #[derive(Debug, Clone, Copy, PartialEq, Eq)]
@@ -25,6 +26,7 @@ pub enum Exit {
     NoKvm = 10,
     KvmPermission = 11,
     KvmCapability = 12,
+    NoHugePages = 13,
     KernelUnreadable = 20,
     NotAKernel = 21,
     KernelDamaged = 22,
@@ -57,7 +59,7 @@ pub enum Exit {
 
 pub const HELP: &str = "\
 Exit status: 0 the guest powered off, 3 it reset, 4 its kernel panicked, 5 it was stopped from outside,
-6 a vCPU could not go on; 1 an internal error, 2 wrong usage, 10 to 12 KVM, 20 to 26 kernel, initrd and
+6 a vCPU could not go on; 1 an internal error, 2 wrong usage, 10 to 12 KVM, 13 huge pages, 20 to 26 kernel, initrd and
 command line, 30 to 35 disks, 40 to 42 taps and vhost, 50 the serial port, 60 to 65 imported kernels,
 70 to 73 the API and descriptions of VMs.
 See docs/exit-codes.md.";
@@ -93,7 +95,7 @@ fn judge(error: &MachineError) -> (Exit, Option<String>) {
                 Exit::KvmPermission,
                 hint("join the group that owns it: 'sudo usermod -aG kvm $USER', then log in again"),
             ),
-            KvmError::Capability(_) | KvmError::Version(_) => {
+            KvmError::Capability(_) | KvmError::WantedCapability(_) | KvmError::Version(_) => {
                 (Exit::KvmCapability, hint("a newer kernel on the host has it"))
             }
             KvmError::Cpus { max, .. } => (Exit::KvmCapability, Some(format!("give --cpus {max} or less"))),
@@ -113,6 +115,8 @@ fn judge(error: &MachineError) -> (Exit, Option<String>) {
         MachineError::Serial { .. } => {
             (Exit::Serial, hint("give a path in a directory that exists and is yours to write to"))
         }
+        // It says by itself what to do.
+        MachineError::Memory(MemoryError::HugePages { .. }) => (Exit::NoHugePages, None),
         MachineError::Memory(_) => (Exit::Internal, hint("give less --memory")),
         MachineError::Host { .. } => {
             (Exit::Internal, hint("look at the limits of open files and threads ('ulimit -a')"))

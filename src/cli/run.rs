@@ -17,7 +17,7 @@ use super::serve::{OnSignal, Served, serve};
 use super::signals::Signals;
 use super::start_error::StartError;
 use crate::backend::{HostFiles, OpenDirectly};
-use crate::config::{DiskConfig, EntropyConfig, MemorySize, NetConfig, SerialConfig, Transport, VmConfig};
+use crate::config::{CpuShape, DiskConfig, EntropyConfig, MemoryShape, NetConfig, SerialConfig, Transport, VmConfig};
 use crate::control::{Identity, Owner};
 use crate::kernels::{Bundle, KernelsError, Library};
 use crate::machine::{End, Machine, MachineError, Parts};
@@ -52,13 +52,13 @@ pub struct RunArgs {
     #[arg(long, value_name = "PATH[,OPTION]...", value_parser = DiskConfig::from_arg)]
     disk: Vec<DiskConfig>,
 
-    /// Number of vCPUs, 1 to 64
-    #[arg(long, value_name = "N", default_value_t = 1)]
-    cpus: u8,
+    /// Number of vCPUs, 1 to 64; with threads=2, two of them share a core
+    #[arg(long, value_name = "N[,threads=1|2]", default_value = "1")]
+    cpus: CpuShape,
 
-    /// Guest memory, at least 32M
-    #[arg(long, value_name = "SIZE", default_value = "256M")]
-    memory: MemorySize,
+    /// Guest memory, at least 32M; with hugepages, in pages of 2 MiB that an administrator has reserved
+    #[arg(long, value_name = "SIZE[,hugepages=on|off]", default_value = "256M")]
+    memory: MemoryShape,
 
     /// Network card; may be repeated. In a network of its own, without rights (through passt): user[,forward=tcp|udp:HOSTPORT:GUESTPORT]...
     /// [,host=on|off]. On an existing tap: tap=NAME[,queues=N][,vhost=on|off]. Either takes mac=ADDRESS, mtu=BYTES, and limits as of a
@@ -121,8 +121,10 @@ impl RunArgs {
             kernel,
             initrd,
             cmdline: self.cmdline,
-            cpus: self.cpus,
-            memory: self.memory,
+            cpus: self.cpus.count,
+            threads_per_core: self.cpus.threads_per_core,
+            memory: self.memory.size,
+            memory_pages: self.memory.pages,
             disks: root.into_iter().chain(self.disk).collect(),
             nics: self.net,
             entropy: Some(EntropyConfig::default()),

@@ -1,8 +1,10 @@
 //! What a VM is: plain data with defaults, units and validation.
 
+mod cpu;
 pub mod firecracker;
 mod limits;
 mod options;
+mod shape;
 mod units;
 
 use std::fmt;
@@ -10,7 +12,9 @@ use std::path::PathBuf;
 
 use thiserror::Error;
 
+pub use cpu::{BitChange, CpuChanges, CpuidChange, CpuidRegister, MsrChange};
 pub use limits::{RateLimits, TokenBucket};
+pub use shape::{CpuShape, MemoryPages, MemoryShape, check_threads};
 pub use units::{MacAddress, MemorySize};
 
 /// Most vCPUs a VM can have.
@@ -74,10 +78,14 @@ pub enum ConfigError {
     LimitsOfVhost(String),
     #[error("{0} vCPUs are out of range: 1 to {MAX_CPUS}")]
     Cpus(u8),
+    #[error("{threads} threads a core do not go with {cpus} vCPUs: give 1, or 2 with an even number of vCPUs")]
+    Threads { cpus: u8, threads: u8 },
     #[error("{0} of memory is too little: {min} at least", min = MemorySize(MIN_MEMORY))]
     Memory(MemorySize),
     #[error("memory has to be a multiple of 4 KiB: {0} bytes is not")]
     MemoryUnit(u64),
+    #[error("memory in huge pages has to be a multiple of 2 MiB: {0} is not")]
+    HugeMemoryUnit(MemorySize),
     #[error("{0} devices are too many: {MAX_DEVICES} at most")]
     TooManyDevices(usize),
 }
@@ -90,7 +98,10 @@ pub struct VmConfig {
     /// Added to what the VM's own shape asks for.
     pub cmdline: Option<String>,
     pub cpus: u8,
+    /// Of the guest's cores: 1 or 2.
+    pub threads_per_core: u8,
     pub memory: MemorySize,
+    pub memory_pages: MemoryPages,
     /// The first one is the root disk if it says so.
     pub disks: Vec<DiskConfig>,
     pub nics: Vec<NetConfig>,
@@ -253,6 +264,8 @@ impl VmConfig {
     /// The first rule that does not hold.
     pub fn validate(&self) -> Result<(), ConfigError> {
         check_size(self.cpus, self.memory, self.devices())?;
+        check_threads(self.cpus, self.threads_per_core)?;
+        self.memory_pages.check(self.memory)?;
         if let Some(id) = repeated(self.disks.iter().filter_map(|d| d.id.as_ref())) {
             return Err(ConfigError::RepeatedDiskId(id.clone()));
         }
@@ -349,7 +362,9 @@ mod tests {
             initrd: None,
             cmdline: None,
             cpus: 1,
+            threads_per_core: 1,
             memory: MemorySize(128 << 20),
+            memory_pages: MemoryPages::default(),
             disks: Vec::new(),
             nics: Vec::new(),
             entropy: Some(EntropyConfig::default()),
@@ -364,6 +379,15 @@ mod tests {
         for (cpus, ok) in [(0, false), (1, true), (64, true), (65, false)] {
             assert_eq!(VmConfig { cpus, ..config() }.validate().is_ok(), ok, "{cpus} vCPUs");
         }
+        for (cpus, threads_per_core, ok) in
+            [(4, 2, true), (1, 1, true), (1, 2, false), (3, 2, false), (4, 4, false), (4, 0, false)]
+        {
+            let vm = VmConfig { cpus, threads_per_core, ..config() };
+            let wrong = ConfigError::Threads { cpus, threads: threads_per_core };
+            assert_eq!(vm.validate(), if ok { Ok(()) } else { Err(wrong) });
+        }
+        let odd = VmConfig { memory: MemorySize(65 << 20), memory_pages: MemoryPages::Huge, ..config() };
+        assert_eq!(odd.validate(), Err(ConfigError::HugeMemoryUnit(odd.memory)));
         for (memory, ok) in [(32 << 20, true), ((32 << 20) - 4096, false), ((64 << 20) + 1, false), (1 << 40, true)] {
             assert_eq!(VmConfig { memory: MemorySize(memory), ..config() }.validate().is_ok(), ok, "{memory} bytes");
         }

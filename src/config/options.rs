@@ -12,16 +12,16 @@ use super::{
 };
 
 /// The parts of an option text, each at most once but for a disk's backing files and a network's forwards.
-struct Parts {
+pub(super) struct Parts {
     /// Text before the first comma, and the `key[=value]` parts after it.
-    first: String,
-    rest: Vec<(String, Option<String>)>,
+    pub first: String,
+    pub rest: Vec<(String, Option<String>)>,
 }
 
 const REPEATED: [&str; 3] = ["backing", "backing-format", "forward"];
 
 impl Parts {
-    fn split(text: &str) -> Result<Self, ConfigError> {
+    pub fn split(text: &str) -> Result<Self, ConfigError> {
         let mut parts = vec![String::new()];
         let mut chars = text.chars().peekable();
         while let Some(c) = chars.next() {
@@ -49,7 +49,7 @@ impl Parts {
 }
 
 /// A flag: `ro`, `ro=on`, `ro=off`.
-fn flag(key: &'static str, value: Option<&str>) -> Result<bool, ConfigError> {
+pub(super) fn flag(key: &'static str, value: Option<&str>) -> Result<bool, ConfigError> {
     match value {
         None | Some("on") => Ok(true),
         Some("off") => Ok(false),

@@ -297,19 +297,14 @@ impl Owner {
             Call::GetMachineConfig => return Ok(views::json(&self.plan.machine_config())),
             Call::GetVm => return Ok(views::vm(&self.identity, self.state(), &self.plan, self.machine.as_ref())),
             Call::PutMachineConfig(config) => {
-                let config = self.plan.machine_config().replaced_by(config);
-                self.plan.set_machine_config(config)?;
+                let replaced = self.plan.machine_config().replaced_by(config);
+                self.plan.set_machine_config(replaced, config.cpu_template.is_some())?;
             }
             Call::PatchMachineConfig(patch) => {
-                let config = self.plan.machine_config().patched(&patch);
-                self.plan.set_machine_config(config)?;
+                let patched = self.plan.machine_config().patched(&patch);
+                self.plan.set_machine_config(patched, patch.cpu_template.is_some())?;
             }
-            Call::PutCpuConfig(config) => {
-                config.check()?;
-                if !config.is_empty() {
-                    return Err(Fault::Missing("Changing CPUID, MSRs or the demands on KVM"));
-                }
-            }
+            Call::PutCpuConfig(config) => self.plan.put_cpu_config(config)?,
             Call::PutBootSource(source) => self.plan.put_boot_source(source, &*self.host, &self.identity)?,
             Call::PutDrive(drive) if self.machine.is_some() => self.plug_drive(*drive)?,
             Call::PutDrive(drive) => self.plan.put_drive(*drive, &*self.host)?,

@@ -9,8 +9,8 @@ use crate::backend::{HostFile, HostFiles};
 use crate::boot::BootFile;
 use crate::config::firecracker as fc;
 use crate::config::{
-    CacheMode, DiskConfig, EntropyConfig, IoEngine, MemorySize, NetBackend, NetConfig, SerialConfig, Transport,
-    VmConfig,
+    CacheMode, CpuChanges, DiskConfig, EntropyConfig, IoEngine, MemoryPages, MemorySize, NetBackend, NetConfig,
+    SerialConfig, Transport, VmConfig,
 };
 use crate::machine::{MachineError, OpenDisk, OpenNic, Parts, SerialSetup, open_initrd, open_kernel};
 use crate::platform::serial::SerialOutput;
@@ -43,9 +43,23 @@ impl Plan {
         self.description.machine_config.unwrap_or_default()
     }
 
-    pub fn set_machine_config(&mut self, config: fc::MachineConfig) -> Result<(), Fault> {
+    /// `has_template`: it says itself what model the CPUs are.
+    pub fn set_machine_config(&mut self, config: fc::MachineConfig, has_template: bool) -> Result<(), Fault> {
         config.check()?;
+        if has_template {
+            self.description.cpu_config = None;
+        }
         self.description.machine_config = Some(config);
+        Ok(())
+    }
+
+    /// Of a model and changes of CPUs, what is said last counts.
+    pub fn put_cpu_config(&mut self, config: fc::CpuConfig) -> Result<(), Fault> {
+        config.check()?;
+        if let Some(machine) = &mut self.description.machine_config {
+            machine.cpu_template = None;
+        }
+        self.description.cpu_config = (!config.is_empty()).then_some(fc::CpuConfigSource::Inline(config));
         Ok(())
     }
 
@@ -189,6 +203,11 @@ impl Plan {
             machine_config: Some(fc::MachineConfig {
                 vcpu_count: config.cpus,
                 mem_size_mib: config.memory.0 >> 20,
+                smt: config.threads_per_core > 1,
+                huge_pages: match config.memory_pages {
+                    MemoryPages::Transparent => fc::HugePages::Transparent,
+                    MemoryPages::Huge => fc::HugePages::TwoMiB,
+                },
                 ..Default::default()
             }),
             network_interfaces: config.nics.iter().enumerate().map(nic).collect(),
@@ -230,12 +249,20 @@ impl Plan {
             (None, None) => SerialSetup::open(console, host)?,
         };
         let machine = self.machine_config();
+        let cpu_changes = match &self.description.cpu_config {
+            Some(fc::CpuConfigSource::Inline(config)) => config.changes()?,
+            // One in a file has been read, and stands here itself.
+            Some(fc::CpuConfigSource::Path(_)) | None => CpuChanges::default(),
+        };
         Ok(Parts {
             kernel,
             initrd,
             cmdline,
             cpus: machine.vcpu_count,
+            threads_per_core: machine.threads_per_core(),
+            cpu_changes,
             memory: MemorySize(machine.mem_size_mib << 20),
+            memory_pages: machine.memory_pages(),
             disks,
             nics,
             entropy: self

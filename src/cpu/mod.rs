@@ -8,7 +8,7 @@ mod msrs;
 mod vcpu;
 mod vcpus;
 
-pub use cpuid::HostCpuid;
+pub use cpuid::{HostCpuid, Topology};
 pub use entry::{EntryPoint, gdt};
 pub use kick::install_handler as install_kick_handler;
 pub use vcpu::{CpuError, ExitHandler, Vcpu, VcpuFault};

@@ -11,7 +11,8 @@ use vmm_sys_util::signal::Killable;
 
 use super::gate::Gate;
 use super::kick::{self, RunPage};
-use super::{EntryPoint, HostCpuid, msrs};
+use super::{EntryPoint, HostCpuid, Topology, msrs};
+use crate::config::MsrChange;
 use crate::observe::Exits;
 
 #[derive(Debug, Error)]
@@ -20,6 +21,12 @@ pub enum CpuError {
     Kvm { what: &'static str, source: io::Error },
     #[error("the CPUID table is larger than KVM takes")]
     CpuidEntries,
+    #[error("the CPU configuration changes CPUID leaf {leaf:#x}, subleaf {subleaf:#x}, which KVM does not have here")]
+    NoCpuid { leaf: u32, subleaf: u32 },
+    #[error("the CPU configuration changes MSR {index:#x}, which KVM does not have here")]
+    NoMsr { index: u32 },
+    #[error("KVM does not take {value:#x} for MSR {index:#x}, as the CPU configuration would have it")]
+    MsrValue { index: u32, value: u64 },
     #[error("cannot start the thread of vCPU {id}")]
     Thread { id: u8, source: io::Error },
 }
@@ -66,10 +73,11 @@ pub struct Vcpu {
 }
 
 impl Vcpu {
-    /// Creates vCPU `id` of `count`, with its CPUID and boot MSRs; the first one gets the entry point's registers.
-    pub fn new(vm: &VmFd, cpuid: &HostCpuid, id: u8, count: u8) -> Result<Self, CpuError> {
+    /// Creates vCPU `id`, with its CPUID and MSRs; the first one gets the entry point's registers.
+    pub fn new(vm: &VmFd, cpuid: &HostCpuid, id: u8, topology: Topology, msrs: &[MsrChange]) -> Result<Self, CpuError> {
         let fd = vm.create_vcpu(id.into()).map_err(CpuError::at("create a vCPU"))?;
-        fd.set_cpuid2(&cpuid.for_vcpu(id, count)?).map_err(CpuError::at("set CPUID"))?;
+        fd.set_cpuid2(&cpuid.for_vcpu(id, topology)?).map_err(CpuError::at("set CPUID"))?;
+        msrs::change_msrs(&fd, msrs)?;
         msrs::set_boot_msrs(&fd)?;
         Ok(Self { fd, id, exits: Arc::default() })
     }

@@ -20,8 +20,8 @@ use super::limits::Limits;
 use super::parts::{Parts, SerialSetup};
 use crate::backend::{HostFile, HostFiles};
 use crate::boot::{self, BootSource, KernelCache};
-use crate::config::check_size;
-use crate::cpu::{self, EntryPoint, HostCpuid, Vcpu, Vcpus};
+use crate::config::{CpuChanges, MemoryPages, MsrChange, check_size, check_threads};
+use crate::cpu::{self, EntryPoint, HostCpuid, Topology, Vcpu, Vcpus};
 use crate::memory::{self, Ram};
 use crate::observe::{Milestone, Timeline};
 use crate::platform::acpi::{self, AcpiConfig, AcpiError, PciTables};
@@ -38,14 +38,22 @@ impl Machine {
     /// The first thing that is wrong; nothing is left behind then.
     pub fn build(parts: Parts, host: &dyn HostFiles, timeline: &Arc<Timeline>) -> Result<Self, MachineError> {
         let device_count = parts.devices();
-        check_size(parts.cpus, parts.memory, device_count)?;
-        let Parts { kernel, initrd, cmdline, cpus, memory, disks, nics, entropy, serial, transport, vcpu_thread } =
-            parts;
-        let kvm = open_kvm(host, cpus)?;
+        let (cpus, memory) = (parts.cpus, parts.memory);
+        check_size(cpus, memory, device_count)?;
+        check_threads(cpus, parts.threads_per_core)?;
+        parts.memory_pages.check(memory)?;
+        let topology = Topology { cpus, threads_per_core: parts.threads_per_core };
+        let changes = parts.cpu_changes;
+        let Parts { kernel, initrd, cmdline, disks, nics, entropy, serial, transport, vcpu_thread, .. } = parts;
+        let kvm = open_kvm(host, cpus, &changes)?;
         let vm = Arc::new(kvm.create_vm().map_err(KvmError::call("create a VM"))?);
         timeline.mark(Milestone::VmCreated);
 
-        let ram = memory::anonymous(&layout::ram_ranges(memory.0))?;
+        let ranges = layout::ram_ranges(memory.0);
+        let ram = match parts.memory_pages {
+            MemoryPages::Transparent => memory::anonymous(&ranges)?,
+            MemoryPages::Huge => memory::huge_pages(&ranges)?,
+        };
         map_memory(&vm, &ram)?;
         timeline.mark(Milestone::MemoryMapped);
 
@@ -54,7 +62,7 @@ impl Machine {
         let entry = boot::load(&ram, &source, &KernelCache::of_user())?;
         timeline.mark(Milestone::KernelLoaded);
 
-        let cpuid = HostCpuid::new(&kvm)?;
+        let cpuid = HostCpuid::new(&kvm, &changes.cpuid)?;
         let window_64 = layout::pci_window_64(cpuid.physical_address_bits());
         acpi::write(
             &ram,
@@ -76,7 +84,7 @@ impl Machine {
         let opened = Opened { disks, nics, entropy };
         let devices = Devices::attach(opened, transport, &ram, &board, &interrupts, window_64)?;
 
-        let vcpus = create_vcpus(&vm, &cpuid, cpus, &entry)?;
+        let vcpus = create_vcpus(&vm, &cpuid, topology, &changes.msrs, &entry)?;
         cpu::install_kick_handler().map_err(|e| KvmError::call("install its signal handler")(e))?;
         timeline.mark(Milestone::DevicesReady);
         Ok(Self {
@@ -106,7 +114,7 @@ const CAPABILITIES: [(Cap, &str); 8] = [
     (Cap::ImmediateExit, "immediate exits (KVM_CAP_IMMEDIATE_EXIT)"),
 ];
 
-fn open_kvm(host: &dyn HostFiles, cpus: u8) -> Result<Kvm, KvmError> {
+fn open_kvm(host: &dyn HostFiles, cpus: u8, changes: &CpuChanges) -> Result<Kvm, KvmError> {
     let file = host.open(&HostFile::Kvm).map_err(|error| match error.kind() {
         // ENODEV and ENXIO: a node without a driver behind it.
         _ if [Some(libc::ENODEV), Some(libc::ENXIO)].contains(&error.raw_os_error()) => KvmError::Missing(error),
@@ -122,7 +130,7 @@ fn open_kvm(host: &dyn HostFiles, cpus: u8) -> Result<Kvm, KvmError> {
     if version != KVM_API_VERSION as i32 {
         return Err(KvmError::Version(version));
     }
-    check_capabilities(|cap| kvm.check_extension(cap))?;
+    check_capabilities(changes, |number| kvm.check_extension_raw(number.into()) > 0)?;
     let max = kvm.get_max_vcpus();
     if usize::from(cpus) > max {
         return Err(KvmError::Cpus { wanted: cpus, max });
@@ -137,9 +145,15 @@ fn kvm_of(file: File) -> Kvm {
     unsafe { Kvm::from_raw_fd(file.into_raw_fd()) }
 }
 
-fn check_capabilities(has: impl Fn(Cap) -> bool) -> Result<(), KvmError> {
-    match CAPABILITIES.into_iter().find(|(cap, _)| !has(*cap)) {
-        Some((_, name)) => Err(KvmError::Capability(name)),
+/// Looks for what we cannot do without, unless the user knows better, and for what the user cannot.
+fn check_capabilities(changes: &CpuChanges, has: impl Fn(u32) -> bool) -> Result<(), KvmError> {
+    let ours = CAPABILITIES.into_iter().map(|(cap, name)| (cap as u32, name));
+    let mut wanted = ours.filter(|(number, _)| !changes.dispensable.contains(number));
+    if let Some((_, name)) = wanted.find(|(number, _)| !has(*number)) {
+        return Err(KvmError::Capability(name));
+    }
+    match changes.required.iter().find(|number| !has(**number)) {
+        Some(&number) => Err(KvmError::WantedCapability(number)),
         None => Ok(()),
     }
 }
@@ -191,8 +205,14 @@ fn attach_platform(
     Ok((event_device, serial))
 }
 
-fn create_vcpus(vm: &VmFd, cpuid: &HostCpuid, count: u8, entry: &EntryPoint) -> Result<Vec<Vcpu>, MachineError> {
-    let vcpus = (0..count).map(|id| Vcpu::new(vm, cpuid, id, count)).collect::<Result<Vec<_>, _>>()?;
+fn create_vcpus(
+    vm: &VmFd,
+    cpuid: &HostCpuid,
+    topology: Topology,
+    msrs: &[MsrChange],
+    entry: &EntryPoint,
+) -> Result<Vec<Vcpu>, MachineError> {
+    let vcpus = (0..topology.cpus).map(|id| Vcpu::new(vm, cpuid, id, topology, msrs)).collect::<Result<Vec<_>, _>>()?;
     vcpus[0].enter_at(entry)?;
     Ok(vcpus)
 }
@@ -203,10 +223,16 @@ mod tests {
 
     #[test]
     fn each_missing_capability_is_named() {
-        assert!(check_capabilities(|_| true).is_ok());
+        assert!(check_capabilities(&CpuChanges::default(), |_| true).is_ok());
         for (missing, name) in CAPABILITIES {
-            let error = check_capabilities(|cap| cap as u32 != missing as u32).unwrap_err();
+            let has = |number| number != missing as u32;
+            let error = check_capabilities(&CpuChanges::default(), has).unwrap_err();
             assert!(error.to_string().contains(name), "{error}");
+            let without = CpuChanges { dispensable: vec![missing as u32], ..Default::default() };
+            assert!(check_capabilities(&without, has).is_ok(), "the user can do without {name}");
         }
+        let more = CpuChanges { required: vec![1, 4711], dispensable: vec![56], ..Default::default() };
+        let error = check_capabilities(&more, |number| number != 4711).unwrap_err();
+        assert_eq!(error.to_string(), "this host's KVM lacks capability 4711, which the CPU configuration asks for");
     }
 }

@@ -82,6 +82,8 @@ pub enum KvmError {
     Version(i32),
     #[error("this host's KVM lacks {0}")]
     Capability(&'static str),
+    #[error("this host's KVM lacks capability {0}, which the CPU configuration asks for")]
+    WantedCapability(u32),
     #[error("this host's KVM runs at most {max} vCPUs in a VM, not {wanted}")]
     Cpus { wanted: u8, max: usize },
     #[error("KVM could not {what}")]

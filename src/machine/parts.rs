@@ -14,8 +14,8 @@ use crate::backend::vhost::VhostNet;
 use crate::backend::{HostFile, HostFiles, Limiter};
 use crate::boot::{BootError, BootFile};
 use crate::config::{
-    DiskConfig, EntropyConfig, MAX_USER_MTU, MacAddress, MemorySize, NetBackend, NetConfig, SerialConfig, Transport,
-    VmConfig,
+    CpuChanges, DiskConfig, EntropyConfig, MAX_USER_MTU, MacAddress, MemoryPages, MemorySize, NetBackend, NetConfig,
+    SerialConfig, Transport, VmConfig,
 };
 use crate::devices::block::{BlockDevice, BlockOptions, Rings};
 use crate::devices::net::{NetLimiters, NetOptions, NetShapeV1};
@@ -29,7 +29,10 @@ pub struct Parts {
     /// All of the kernel's command line.
     pub cmdline: String,
     pub cpus: u8,
+    pub threads_per_core: u8,
+    pub cpu_changes: CpuChanges,
     pub memory: MemorySize,
+    pub memory_pages: MemoryPages,
     /// Guests number disks, then network cards, in this order.
     pub disks: Vec<OpenDisk>,
     pub nics: Vec<OpenNic>,
@@ -63,7 +66,10 @@ impl Parts {
             initrd,
             cmdline: config.kernel_cmdline(),
             cpus: config.cpus,
+            threads_per_core: config.threads_per_core,
+            cpu_changes: CpuChanges::default(),
             memory: config.memory,
+            memory_pages: config.memory_pages,
             disks,
             nics,
             entropy: config.entropy.clone(),

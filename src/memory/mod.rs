@@ -1,6 +1,7 @@
 //! Guest RAM: regions, their backing, and dirty tracking.
 
 mod dirty;
+mod huge;
 mod iobuf;
 mod startup;
 
@@ -9,9 +10,10 @@ use std::sync::Arc;
 
 use thiserror::Error;
 use vm_memory::mmap::{MmapRegionBuilder, MmapRegionError};
-use vm_memory::{GuestAddress, GuestMemoryBackend, GuestMemoryMmap, GuestMemoryRegion, GuestRegionMmap};
+use vm_memory::{GuestAddress, GuestMemoryBackend, GuestMemoryMmap, GuestMemoryRegion, GuestRegionMmap, MmapRegion};
 
 pub use dirty::DirtyBitmap;
+pub use huge::huge_pages;
 pub use iobuf::{IoBuf, IoBufError};
 pub use startup::{release_startup_code, share_one_heap};
 
@@ -30,6 +32,11 @@ pub enum MemoryError {
     Map { size: u64, source: MmapRegionError },
     #[error("the host has no memory to keep track of {size} bytes of guest memory")]
     Track { size: u64 },
+    #[error(
+        "the host has {free} huge pages of 2 MiB to give, and {needed} are needed: 'sysctl vm.nr_hugepages={reserve}' \
+         reserves them"
+    )]
+    HugePages { needed: u64, free: u64, reserve: u64, source: MmapRegionError },
     #[error("guest memory ranges overlap or leave the address space")]
     Layout,
 }
@@ -40,23 +47,36 @@ pub enum MemoryError {
 /// pages are asked for, as the guest's nested page walks gain most from them, but not for the first 2 MiB: every
 /// start writes a few tables there, and would wait for the host to clear it all.
 pub fn anonymous(ranges: &[(GuestAddress, u64)]) -> Result<Ram, MemoryError> {
+    regions(ranges, |start, size| {
+        let flags = libc::MAP_ANONYMOUS | libc::MAP_PRIVATE | libc::MAP_NORESERVE;
+        let mapping = map(size, flags)?.map_err(|source| MemoryError::Map { size, source })?;
+        advise_huge_pages(&mapping, if start.0 == 0 { HUGE_PAGE } else { 0 });
+        Ok(mapping)
+    })
+}
+
+/// RAM of a mapping for each range.
+fn regions(
+    ranges: &[(GuestAddress, u64)],
+    mut map: impl FnMut(GuestAddress, u64) -> Result<MmapRegion<DirtyBitmap>, MemoryError>,
+) -> Result<Ram, MemoryError> {
     let mut regions = Vec::with_capacity(ranges.len());
     for &(start, size) in ranges {
-        let bytes = usize::try_from(size).map_err(|_| MemoryError::Layout)?;
-        let bitmap = DirtyBitmap::for_bytes(bytes).ok_or(MemoryError::Track { size })?;
-        let mapping = MmapRegionBuilder::new_with_bitmap(bytes, bitmap)
-            .with_mmap_prot(libc::PROT_READ | libc::PROT_WRITE)
-            .with_mmap_flags(libc::MAP_ANONYMOUS | libc::MAP_PRIVATE | libc::MAP_NORESERVE)
-            .build()
-            .map_err(|source| MemoryError::Map { size, source })?;
-        advise_huge_pages(&mapping, if start.0 == 0 { HUGE_PAGE } else { 0 });
-        regions.push(GuestRegionMmap::new(mapping, start).ok_or(MemoryError::Layout)?);
+        regions.push(GuestRegionMmap::new(map(start, size)?, start).ok_or(MemoryError::Layout)?);
     }
     GuestMemoryMmap::from_regions(regions).map(Arc::new).map_err(|_| MemoryError::Layout)
 }
 
+/// A mapping that keeps track of what is written; the inner error is `mmap`'s.
+fn map(size: u64, flags: libc::c_int) -> Result<Result<MmapRegion<DirtyBitmap>, MmapRegionError>, MemoryError> {
+    let bytes = usize::try_from(size).map_err(|_| MemoryError::Layout)?;
+    let bitmap = DirtyBitmap::for_bytes(bytes).ok_or(MemoryError::Track { size })?;
+    let region = MmapRegionBuilder::new_with_bitmap(bytes, bitmap).with_mmap_flags(flags);
+    Ok(region.with_mmap_prot(libc::PROT_READ | libc::PROT_WRITE).build())
+}
+
 #[expect(unsafe_code, reason = "madvise works on raw addresses")]
-fn advise_huge_pages(mapping: &vm_memory::MmapRegion<DirtyBitmap>, from: usize) {
+fn advise_huge_pages(mapping: &MmapRegion<DirtyBitmap>, from: usize) {
     let Some(length) = mapping.size().checked_sub(from) else { return };
     let start = mapping.as_ptr().wrapping_add(from);
     // SAFETY: the range is the mapping from `from` to its end, and alive; the advice changes no content.

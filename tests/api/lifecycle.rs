@@ -102,11 +102,15 @@ fn what_is_not_there_yet_says_so() {
         ("/pmem/p", r#"{"id":"p","path_on_host":"p"}"#),
         ("/hotplug/memory", r#"{"total_size_mib":1024}"#),
         ("/snapshot/load", r#"{"snapshot_path":"s","mem_file_path":"m"}"#),
-        ("/cpu-config", r#"{"kvm_capabilities":["1"]}"#),
     ] {
         vm.expect_fault("PUT", path, body, "not supported by this version");
     }
-    vm.put("/cpu-config", "{}");
+    vm.expect_fault(
+        "PUT",
+        "/machine-config",
+        r#"{"vcpu_count":1,"mem_size_mib":64,"cpu_template":"T2"}"#,
+        "only None is",
+    );
 }
 
 #[test]

@@ -76,3 +76,51 @@ fn a_start_that_fails_can_be_tried_again() {
     vm.boot_hello("end=halt");
     vm.kill().expect_code(0);
 }
+
+/// Of what KVM does not have here, the start says which.
+#[test]
+fn a_cpu_configuration_is_taken_by_the_start() {
+    let vm = Vm::start(firecracker());
+    let start = r#"{"action_type":"InstanceStart"}"#;
+    vm.put("/machine-config", r#"{"vcpu_count":2,"mem_size_mib":64}"#);
+    vm.put_kernel("hello", "end=halt");
+    let leaf = |leaf: &str| {
+        let registers = r#"[{"register":"eax","bitmap":"0bxx00"}]"#;
+        format!(r#"{{"cpuid_modifiers":[{{"leaf":"{leaf}","subleaf":"0x0","flags":0,"modifiers":{registers}}}]}}"#)
+    };
+    for (body, what) in [
+        (r#"{"kvm_capabilities":["1","4711"]}"#.to_owned(), "lacks capability 4711"),
+        (leaf("0x12345678"), "changes CPUID leaf 0x12345678, subleaf 0x0, which KVM does not have"),
+        (r#"{"msr_modifiers":[{"addr":"0x12345678","bitmap":"0b1"}]}"#.to_owned(), "changes MSR 0x12345678, which KVM"),
+    ] {
+        vm.put("/cpu-config", &body);
+        vm.expect_fault("PUT", "/actions", start, what);
+        let shown: serde_json::Value = serde_json::from_str(&body).unwrap();
+        for (key, value) in shown.as_object().unwrap() {
+            assert_eq!(&vm.get("/vm/config")["cpu-config"][key], value);
+        }
+    }
+    vm.expect_fault("PUT", "/cpu-config", r#"{"kvm_capabilities":["x"]}"#, "is not the number of a KVM capability");
+    // What is said last counts: a model of CPUs, which None is, or changes of them.
+    vm.put("/machine-config", r#"{"vcpu_count":2,"mem_size_mib":64,"cpu_template":"None"}"#);
+    assert!(vm.get("/vm/config")["cpu-config"].is_null());
+    vm.put("/cpu-config", &leaf("0x1"));
+    assert!(vm.get("/machine-config").get("cpu_template").is_none());
+    vm.boot_hello("end=halt");
+    vm.kill().expect_code(0);
+}
+
+#[test]
+fn huge_pages_that_the_host_has_not_reserved_are_told_of() {
+    let vm = Vm::start(firecracker());
+    // 16 TiB of them: no host has those.
+    vm.put("/machine-config", r#"{"vcpu_count":1,"mem_size_mib":16777216,"huge_pages":"2M"}"#);
+    vm.put_kernel("hello", "end=halt");
+    let start = r#"{"action_type":"InstanceStart"}"#;
+    vm.expect_fault("PUT", "/actions", start, "8388608 are needed: 'sysctl vm.nr_hugepages=");
+    vm.put("/machine-config", r#"{"vcpu_count":2,"mem_size_mib":64,"huge_pages":"Transparent","smt":true}"#);
+    let shown = vm.get("/machine-config");
+    assert_eq!((&shown["smt"], &shown["huge_pages"]), (&true.into(), &"Transparent".into()));
+    vm.boot_hello("end=halt");
+    vm.kill().expect_code(0);
+}

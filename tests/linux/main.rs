@@ -18,5 +18,6 @@ mod net;
 mod pause;
 mod qcow2;
 mod queues;
+mod shape;
 mod small_kernel;
 mod user_network;

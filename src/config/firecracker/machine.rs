@@ -5,7 +5,8 @@ use std::path::PathBuf;
 use serde::{Deserialize, Serialize};
 
 use super::InvalidValue;
-use super::to_come::CpuTemplate;
+use super::cpu::CpuTemplate;
+use crate::config::MemoryPages;
 
 /// Most vCPUs that Firecracker's clients may ask for.
 const MAX_VCPUS: u8 = 32;
@@ -21,7 +22,7 @@ pub struct BootSource {
     pub boot_args: Option<String>,
 }
 
-/// The memory's pages on the host. Transparent ones are always asked for.
+/// The memory's pages on the host. With `None`, too, transparent huge pages are asked for, which the host may give.
 #[derive(Debug, Clone, Copy, Default, PartialEq, Eq, Serialize, Deserialize)]
 #[cfg_attr(test, derive(utoipa::ToSchema))]
 pub enum HugePages {
@@ -93,15 +94,22 @@ impl MachineConfig {
         {
             return Err(InvalidValue::Memory { even });
         }
-        if self.smt && vcpus != 1 {
-            return Err(InvalidValue::Smt);
-        }
-        if even {
-            return Err(InvalidValue::HugePages);
-        }
         match self.cpu_template {
             Some(template) if template != CpuTemplate::None => Err(InvalidValue::CpuTemplate(format!("{template:?}"))),
             _ => Ok(()),
+        }
+    }
+
+    #[must_use]
+    pub fn threads_per_core(&self) -> u8 {
+        if self.smt && self.vcpu_count > 1 { 2 } else { 1 }
+    }
+
+    #[must_use]
+    pub fn memory_pages(&self) -> MemoryPages {
+        match self.huge_pages {
+            HugePages::None | HugePages::Transparent => MemoryPages::Transparent,
+            HugePages::TwoMiB => MemoryPages::Huge,
         }
     }
 

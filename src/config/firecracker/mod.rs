@@ -4,6 +4,7 @@
 //! Unknown fields are refused where Firecracker refuses them. Values that make no sense by themselves are refused
 //! here; what depends on other objects or on the host is the owner's to judge.
 
+mod cpu;
 mod drives;
 mod machine;
 mod network;
@@ -15,13 +16,14 @@ use thiserror::Error;
 
 use crate::config::{self, RateLimits};
 
+pub use self::cpu::{CpuConfig, CpuTemplate, CpuidModifier, MsrModifier, RegisterModifier};
 pub use self::drives::{CacheType, Drive, DriveEngine, DrivePatch};
 pub use self::machine::{BootSource, HugePages, MachineConfig, MachineConfigPatch};
 pub use self::network::{NetworkInterface, NetworkPatch};
 pub use self::observation::{Level, Logger, Metrics, Serial};
 pub use self::to_come::{
-    Balloon, BalloonPatch, BalloonStatisticsPatch, CpuConfig, CpuTemplate, HintingStart, HotplugMemory,
-    HotplugMemoryPatch, MmdsConfig, Pmem, PmemPatch, SnapshotCreate, SnapshotLoad, Vsock,
+    Balloon, BalloonPatch, BalloonStatisticsPatch, HintingStart, HotplugMemory, HotplugMemoryPatch, MmdsConfig, Pmem,
+    PmemPatch, SnapshotCreate, SnapshotLoad, Vsock,
 };
 
 /// A value that cannot be right.
@@ -41,14 +43,16 @@ pub enum InvalidValue {
     Partuuid(String),
     #[error("The vCPU number {0} is invalid: it has to be between 1 and 32, and 1 or even with SMT.")]
     VcpuCount(u64),
-    #[error("SMT is not supported: vCPUs are cores of their own.")]
-    Smt,
     #[error("The memory size (MiB) is invalid: it has to be more than 0{}.", if *even { " and even with huge pages of 2M" } else { "" })]
     Memory { even: bool },
-    #[error("Huge pages of 2M are not supported: Transparent takes such pages where the host has them.")]
-    HugePages,
     #[error("The CPU template {0:?} is not supported: only None is.")]
     CpuTemplate(String),
+    #[error("{0:?} is not the number of a KVM capability: give a decimal number, or one behind a '!'.")]
+    Capability(String),
+    #[error("{0:?} is not a number of 32 bits: give 0x and hexadecimal digits, 0b and binary ones, or decimal ones.")]
+    Number(String),
+    #[error("{text:?} is not a bitmap: give 0b and up to {width} of 0, 1, x and _.")]
+    Bitmap { text: String, width: usize },
     #[error("{0:?} is not a MAC address: give six pairs of hex digits, such as 06:00:ac:10:00:02.")]
     Mac(String),
     #[error("The MAC address {0} is a multicast address: its first byte has to be even.")]

@@ -134,7 +134,7 @@ fn values_that_make_no_sense_are_refused() {
         ),
         ("/hotplug/memory", r#"{"total_size_mib":1024,"slot_size_mib":64}"#, "at least 128"),
         ("/hotplug/memory", r#"{"total_size_mib":1000}"#, "multiple of slot_size_mib"),
-        ("/cpu-config", r#"{"kvm_capabilities":["x"]}"#, "not the number of a KVM capability"),
+        ("/cpu-config", r#"{"kvm_capabilities":["x"]}"#, "is not the number of a KVM capability"),
         ("/cpu-config", r#"{"msr_modifiers":[{"addr":"0x10","bitmap":"0b2"}]}"#, "is not a bitmap"),
     ] {
         let text = put(path, body).unwrap_err();
