@@ -6,6 +6,7 @@
 //! - [`cli`]: one file per verb; parse, call, render
 //! - [`api`]: HTTP on a unix socket: Firecracker's API, and ours below `/v2`
 //! - [`control`]: what a client may ask of a VM, and the owner that does it
+//! - [`snapshot`]: a machine at rest: format, save, restore
 //! - [`machine`]: a running VM; the builder, the lifecycle, the one owner of it all
 //! - [`kernels`]: kernels of distributions, imported once and booted by name
 //! - [`boot`]: from a kernel file to the first instruction
@@ -37,4 +38,5 @@ pub mod machine;
 pub mod memory;
 pub mod observe;
 pub mod platform;
+pub mod snapshot;
 pub mod virtio;

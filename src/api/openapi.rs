@@ -15,7 +15,7 @@ use utoipa::openapi::{
 use super::firecracker::Fault;
 use super::v2::{PowerRequest, Problem};
 use crate::config::firecracker as fc;
-use crate::control::views;
+use crate::control::{RestoreRequest, SnapshotRequest, SnapshotTimes, views};
 
 type Schemas = Vec<(String, RefOr<Schema>)>;
 
@@ -94,12 +94,15 @@ fn operations() -> Vec<Operation> {
     change("/hotplug/memory", Put, "Not supported yet", of::<fc::HotplugMemory>());
     change("/hotplug/memory", Patch, "Not supported yet", of::<fc::HotplugMemoryPatch>());
     change("/mmds/config", Put, "Not supported yet", of::<fc::MmdsConfig>());
-    change("/snapshot/create", Put, "Not supported yet", of::<fc::SnapshotCreate>());
-    change("/snapshot/load", Put, "Not supported yet", of::<fc::SnapshotLoad>());
+    change("/snapshot/create", Put, "Save a paused VM in two files", of::<fc::SnapshotCreate>());
+    change("/snapshot/load", Put, "A VM that was saved in two files", of::<fc::SnapshotLoad>());
     change("/v2/vm/power", Put, "Start, power button, reset, or end", of::<PowerRequest>());
+    change("/v2/vm/restore", Put, "A VM that was saved in a directory", of::<RestoreRequest>());
     for path in ["/balloon", "/balloon/statistics", "/balloon/hinting/status", "/mmds", "/hotplug/memory"] {
         add(path, Get, "Not supported yet", nothing(), Gives::Nothing);
     }
+    let snapshot = Takes::Body(of::<SnapshotRequest>());
+    add("/v2/vm/snapshot", Put, "Save the VM in a directory", snapshot, Gives::Json(of::<SnapshotTimes>()));
     add("/mmds", Put, "Not supported yet", Takes::Anything, Gives::Nothing);
     add("/mmds", Patch, "Not supported yet", Takes::Anything, Gives::Nothing);
     add("/balloon/hinting/stop", Patch, "Not supported yet", nothing(), Gives::Nothing);

@@ -86,7 +86,7 @@ pub fn power(args: &PowerArgs) -> ExitCode {
 }
 
 /// Sends one request; prints what comes, on standard error if it is a refusal.
-fn ask(socket: &Path, method: &str, path: &str, body: Option<&[u8]>) -> ExitCode {
+pub(super) fn ask(socket: &Path, method: &str, path: &str, body: Option<&[u8]>) -> ExitCode {
     match exchange(socket, method, path, body) {
         Ok(true) => ExitCode::SUCCESS,
         Ok(false) => ExitCode::from(Exit::ApiRefused as u8),

@@ -183,7 +183,7 @@ mod tests {
 
     fn serial() -> SerialPort {
         let timeline = Arc::new(Timeline::from(Instant::now()));
-        SerialPort::new(EventFd::new(EFD_NONBLOCK).unwrap(), SerialOutput::Null, timeline).unwrap()
+        SerialPort::new(EventFd::new(EFD_NONBLOCK).unwrap(), SerialOutput::Null, timeline, None).unwrap()
     }
 
     fn stdin(stream: &UnixStream, terminal: bool) -> Console {

@@ -8,7 +8,7 @@ use crate::backend::disk::DiskError;
 use crate::backend::tap::TapError;
 use crate::boot::{BootError, Minimum};
 use crate::kernels::KernelsError;
-use crate::machine::{End, KvmError, MachineError};
+use crate::machine::{End, KvmError, MachineError, StateError};
 use crate::memory::MemoryError;
 
 /// How the program ends. The numbers are a promise: docs/exit-codes.md lists them.
@@ -55,13 +55,17 @@ pub enum Exit {
     NoApi = 71,
     ApiSocket = 72,
     Description = 73,
+    SnapshotUnreadable = 80,
+    SnapshotDamaged = 81,
+    SnapshotIncompatible = 82,
+    SnapshotUnwritable = 83,
 }
 
 pub const HELP: &str = "\
 Exit status: 0 the guest powered off, 3 it reset, 4 its kernel panicked, 5 it was stopped from outside,
 6 a vCPU could not go on; 1 an internal error, 2 wrong usage, 10 to 12 KVM, 13 huge pages, 20 to 26 kernel, initrd and
 command line, 30 to 35 disks, 40 to 42 taps and vhost, 50 the serial port, 60 to 65 imported kernels,
-70 to 73 the API and descriptions of VMs.
+70 to 73 the API and descriptions of VMs, 80 to 83 snapshots.
 See docs/exit-codes.md.";
 
 impl From<&End> for Exit {
@@ -117,6 +121,20 @@ fn judge(error: &MachineError) -> (Exit, Option<String>) {
         }
         // It says by itself what to do.
         MachineError::Memory(MemoryError::HugePages { .. }) => (Exit::NoHugePages, None),
+        MachineError::NotThere { place, source } => {
+            let other = if place.starts_with("net.") { "TAP" } else { "PATH" };
+            (judge(source).0, Some(format!("put it back, or give another with --override {place}={other}")))
+        }
+        MachineError::State(StateError::Incompatible(_)) => {
+            (Exit::SnapshotIncompatible, hint("restore it on a host like the one it was saved on"))
+        }
+        MachineError::Restore(_) => {
+            (Exit::SnapshotDamaged, hint("give it the devices that it was saved with: 'tranche snapshot inspect DIR'"))
+        }
+        MachineError::State(StateError::Cpus { .. } | StateError::Part(_))
+        | MachineError::Memory(MemoryError::FileSize { .. } | MemoryError::File(_)) => {
+            (Exit::SnapshotDamaged, hint("put its files back as they were: sizes and shapes cannot be changed"))
+        }
         MachineError::Memory(_) => (Exit::Internal, hint("give less --memory")),
         MachineError::Host { .. } => {
             (Exit::Internal, hint("look at the limits of open files and threads ('ulimit -a')"))
@@ -125,7 +143,6 @@ fn judge(error: &MachineError) -> (Exit, Option<String>) {
         | MachineError::Acpi(_)
         | MachineError::Plug(_)
         | MachineError::Busy(_)
-        | MachineError::Restore(_)
         | MachineError::NotNow { .. } => (Exit::Internal, None),
     }
 }

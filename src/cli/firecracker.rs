@@ -21,6 +21,7 @@ use crate::control::{FIRECRACKER_VERSION, Fault, Identity, Owner};
 use crate::machine::{End, MachineError};
 use crate::memory::{release_startup_code, share_one_heap};
 use crate::observe::{Timeline, init_firecracker_log};
+use crate::snapshot::{self, Snapshot};
 
 /// Exit codes that its users know.
 mod code {
@@ -140,6 +141,13 @@ pub fn main(start: Instant) -> ExitCode {
         exit::print(&format!("Firecracker v{FIRECRACKER_VERSION}\n\nTranche {}\n", env!("CARGO_PKG_VERSION")));
         return ExitCode::SUCCESS;
     }
+    if args.snapshot_version {
+        exit::print(&format!("v{}.0.0\n", snapshot::FILE_VERSION));
+        return ExitCode::SUCCESS;
+    }
+    if let Some(path) = &args.describe_snapshot {
+        return describe(path);
+    }
     let exit = match run(&args, &Arc::new(Timeline::from(start))) {
         Ok(Served::Signal(signal)) if signal != libc::SIGHUP => {
             tracing::error!("Shutting down VM after intercepting signal {signal}.");
@@ -148,6 +156,10 @@ pub fn main(start: Instant) -> ExitCode {
         Ok(Served::Signal(_)) => code::HANGUP,
         Ok(Served::Ended(End::Fault(fault))) => {
             tracing::error!("{fault}");
+            code::ERROR
+        }
+        Ok(Served::LoadFailed) => {
+            tracing::error!("The snapshot could not be loaded.");
             code::ERROR
         }
         Ok(Served::Ended(_)) => {
@@ -169,11 +181,23 @@ pub fn main(start: Instant) -> ExitCode {
     std::process::exit(exit.into());
 }
 
+/// Tells the version of a snapshot's state.
+fn describe(path: &Path) -> ExitCode {
+    match Snapshot::read_state(path) {
+        Ok(_) => {
+            exit::print(&format!("v{}.0.0\n", snapshot::FILE_VERSION));
+            ExitCode::SUCCESS
+        }
+        Err(error) => {
+            exit::say(&format!("{}\n", exit::one_line(&error)));
+            ExitCode::from(code::ERROR)
+        }
+    }
+}
+
 /// What has a meaning there and none here yet. Filters are not: without any, there is nothing to leave out.
 fn missing(args: &FirecrackerArgs) -> Option<&'static str> {
     let options = [
-        (args.describe_snapshot.is_some(), "--describe-snapshot"),
-        (args.snapshot_version, "--snapshot-version"),
         (args.metadata.is_some(), "--metadata"),
         (args.mmds_size_limit.is_some(), "--mmds-size-limit"),
         (args.seccomp_filter.is_some(), "--seccomp-filter"),

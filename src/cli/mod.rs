@@ -8,9 +8,11 @@ mod escape;
 mod exit;
 pub mod firecracker;
 mod kernel;
+mod restore;
 mod run;
 mod serve;
 mod signals;
+mod snapshot;
 mod start_error;
 mod table;
 mod terminal;
@@ -42,6 +44,9 @@ enum Verb {
     Resume(api::SocketArgs),
     /// Start a VM, press its power button, reset it, or end it
     Power(api::PowerArgs),
+    /// Save a VM to a directory, look at one that was saved, check it
+    Snapshot(snapshot::SnapshotArgs),
+    Restore(restore::RestoreArgs),
     #[command(subcommand)]
     Kernel(kernel::KernelVerb),
     /// Make disks, look at them, resize, mend and copy them
@@ -65,6 +70,8 @@ pub fn main(start: Instant) -> ExitCode {
         Verb::Pause(args) => api::pause(&args),
         Verb::Resume(args) => api::resume(&args),
         Verb::Power(args) => api::power(&args),
+        Verb::Snapshot(args) => snapshot::run(args),
+        Verb::Restore(args) => restore::run(args, start),
         Verb::Kernel(verb) => kernel::run(verb),
         Verb::Disk(args) => disk::run(args),
     }

@@ -38,6 +38,8 @@ pub enum Served {
     Ended(End),
     /// By a signal, without an end of the VM.
     Signal(libc::c_int),
+    /// Without a VM: the snapshot that it was to be could not be loaded.
+    LoadFailed,
 }
 
 /// Serves until the VM ends or a signal ends it all; then the last answers get out, and the disks come to rest.
@@ -85,6 +87,9 @@ fn serve_until(
     loop {
         if let Some(end) = owner.end() {
             return Ok(Served::Ended(end.clone()));
+        }
+        if owner.has_given_up() {
+            return Ok(Served::LoadFailed);
         }
         // Keys wait until there is somebody to take them.
         let mut ready = false;

@@ -7,8 +7,10 @@ use std::path::PathBuf;
 use thiserror::Error;
 
 use super::exit::{self, Exit};
+use crate::config::OverrideError;
 use crate::control::Fault;
 use crate::machine::MachineError;
+use crate::snapshot::SnapshotError;
 
 #[derive(Debug, Error)]
 pub enum StartError {
@@ -18,6 +20,10 @@ pub enum StartError {
     ApiSocket { path: PathBuf, source: io::Error },
     #[error("cannot read the description of the VM, {}", path.display())]
     Description { path: PathBuf, source: Box<dyn Error + Send + Sync> },
+    #[error(transparent)]
+    Snapshot(#[from] SnapshotError),
+    #[error("cannot change what the saved VM is on")]
+    Override(#[source] OverrideError),
     #[error("the VM cannot be as it is described")]
     Fault(#[source] Fault),
 }
@@ -26,6 +32,7 @@ impl From<Fault> for StartError {
     fn from(fault: Fault) -> Self {
         match fault {
             Fault::Machine(error) => Self::Machine(error),
+            Fault::Snapshot(error) => Self::Snapshot(error),
             fault => Self::Fault(fault),
         }
     }
@@ -36,6 +43,8 @@ impl StartError {
     pub fn report(&self) -> Exit {
         let (exit, hint) = match self {
             Self::Machine(error) => return exit::report(error),
+            Self::Snapshot(error) => return super::snapshot::report(error),
+            Self::Override(_) => (Exit::Usage, Some("'tranche snapshot inspect DIR' shows what it has")),
             Self::ApiSocket { source, .. } if source.kind() == io::ErrorKind::AddrInUse => {
                 (Exit::ApiSocket, Some("another VM listens there, or it is no socket: give another path"))
             }

@@ -105,6 +105,6 @@ fn run_to_end(args: &VmmArgs, timeline: &Arc<Timeline>) -> Result<End, StartErro
     let served = serve(owner, &mut console, &mut signals, OnSignal::PowerButton, Some(api));
     match served.map_err(resources("wait for events"))? {
         Served::Ended(end) => Ok(end),
-        Served::Signal(_) => Ok(End::Killed),
+        Served::Signal(_) | Served::LoadFailed => Ok(End::Killed),
     }
 }

@@ -1,9 +1,12 @@
 //! How much a device may do.
 
+use serde::{Deserialize, Serialize};
+
 use super::{ConfigError, MemorySize};
 
 /// A budget of tokens (bytes or operations) that what is done takes from, and that time fills again.
-#[derive(Debug, Clone, Copy, PartialEq, Eq)]
+#[derive(Debug, Clone, Copy, PartialEq, Eq, Serialize, Deserialize)]
+#[serde(rename_all = "kebab-case", deny_unknown_fields)]
 pub struct TokenBucket {
     /// Tokens in a full bucket, which it is at first. With none, there is no limit.
     pub size: u64,
@@ -58,7 +61,8 @@ fn number(text: &str) -> Option<u64> {
 }
 
 /// The limits of a device, or of one direction of it. As a change of them, what is absent stays as it is.
-#[derive(Debug, Clone, Copy, PartialEq, Eq, Default)]
+#[derive(Debug, Clone, Copy, PartialEq, Eq, Default, Serialize, Deserialize)]
+#[serde(rename_all = "kebab-case", deny_unknown_fields)]
 pub struct RateLimits {
     /// In bytes of data.
     pub bandwidth: Option<TokenBucket>,

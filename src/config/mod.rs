@@ -4,16 +4,19 @@ mod cpu;
 pub mod firecracker;
 mod limits;
 mod options;
+mod saved;
 mod shape;
 mod units;
 
 use std::fmt;
 use std::path::PathBuf;
 
+use serde::{Deserialize, Serialize};
 use thiserror::Error;
 
 pub use cpu::{BitChange, CpuChanges, CpuidChange, CpuidRegister, MsrChange};
 pub use limits::{RateLimits, TokenBucket};
+pub use saved::{Override, OverrideError, SavedDisk, SavedNic, SavedVm};
 pub use shape::{CpuShape, MemoryPages, MemoryShape, check_threads};
 pub use units::{MacAddress, MemorySize};
 
@@ -111,7 +114,8 @@ pub struct VmConfig {
 }
 
 /// How the guest reaches its virtio devices.
-#[derive(Debug, Clone, Copy, PartialEq, Eq, Default)]
+#[derive(Debug, Clone, Copy, PartialEq, Eq, Default, Serialize, Deserialize)]
+#[serde(rename_all = "kebab-case")]
 pub enum Transport {
     #[default]
     Pci,
@@ -119,7 +123,8 @@ pub enum Transport {
     Mmio { pci: bool },
 }
 
-#[derive(Debug, Clone, PartialEq, Eq)]
+#[derive(Debug, Clone, PartialEq, Eq, Serialize, Deserialize)]
+#[serde(rename_all = "kebab-case", deny_unknown_fields)]
 pub struct DiskConfig {
     pub path: PathBuf,
     pub read_only: bool,
@@ -135,7 +140,8 @@ pub struct DiskConfig {
 }
 
 /// What is in a disk's file, and what is behind it.
-#[derive(Debug, Clone, PartialEq, Eq, Default)]
+#[derive(Debug, Clone, PartialEq, Eq, Default, Serialize, Deserialize)]
+#[serde(rename_all = "kebab-case", deny_unknown_fields)]
 pub struct Image {
     /// Raw when absent; then it must not look like something else.
     pub format: Option<DiskFormat>,
@@ -144,14 +150,16 @@ pub struct Image {
 }
 
 /// How a disk's bytes lie in its file.
-#[derive(Debug, Clone, Copy, PartialEq, Eq)]
+#[derive(Debug, Clone, Copy, PartialEq, Eq, Serialize, Deserialize)]
+#[serde(rename_all = "kebab-case")]
 pub enum DiskFormat {
     Raw,
     Qcow2,
 }
 
 /// A file behind a qcow2 image: what is not in the image is read from there.
-#[derive(Debug, Clone, PartialEq, Eq)]
+#[derive(Debug, Clone, PartialEq, Eq, Serialize, Deserialize)]
+#[serde(rename_all = "kebab-case", deny_unknown_fields)]
 pub struct Backing {
     pub path: PathBuf,
     /// Raw when absent; then it must not look like something else, nor the image above say so.
@@ -159,7 +167,8 @@ pub struct Backing {
 }
 
 /// What a guest's flush means.
-#[derive(Debug, Clone, Copy, PartialEq, Eq, Default)]
+#[derive(Debug, Clone, Copy, PartialEq, Eq, Default, Serialize, Deserialize)]
+#[serde(rename_all = "kebab-case")]
 pub enum CacheMode {
     /// A flush reaches the disk before it is answered.
     #[default]
@@ -169,7 +178,8 @@ pub enum CacheMode {
 }
 
 /// How a disk's file is read and written.
-#[derive(Debug, Clone, Copy, PartialEq, Eq, Default)]
+#[derive(Debug, Clone, Copy, PartialEq, Eq, Default, Serialize, Deserialize)]
+#[serde(rename_all = "kebab-case")]
 pub enum IoEngine {
     /// By io_uring where the host has it and it helps, else as `Sync`.
     #[default]
@@ -180,7 +190,8 @@ pub enum IoEngine {
     IoUring,
 }
 
-#[derive(Debug, Clone, PartialEq, Eq)]
+#[derive(Debug, Clone, PartialEq, Eq, Serialize, Deserialize)]
+#[serde(rename_all = "kebab-case", deny_unknown_fields)]
 pub struct NetConfig {
     pub backend: NetBackend,
     /// Random when absent.
@@ -194,14 +205,16 @@ pub struct NetConfig {
 }
 
 /// Where a card's frames go.
-#[derive(Debug, Clone, PartialEq, Eq)]
+#[derive(Debug, Clone, PartialEq, Eq, Serialize, Deserialize)]
+#[serde(rename_all = "kebab-case")]
 pub enum NetBackend {
     Tap(TapNetwork),
     User(UserNetwork),
 }
 
 /// A tap of the host's network.
-#[derive(Debug, Clone, PartialEq, Eq)]
+#[derive(Debug, Clone, PartialEq, Eq, Serialize, Deserialize)]
+#[serde(rename_all = "kebab-case", deny_unknown_fields)]
 pub struct TapNetwork {
     pub name: String,
     /// Pairs of queues, each on a queue of the tap.
@@ -211,7 +224,8 @@ pub struct TapNetwork {
 }
 
 /// A network of the guest's own, whose connections are sockets of the user.
-#[derive(Debug, Clone, PartialEq, Eq, Default)]
+#[derive(Debug, Clone, PartialEq, Eq, Default, Serialize, Deserialize)]
+#[serde(rename_all = "kebab-case", deny_unknown_fields)]
 pub struct UserNetwork {
     pub forwards: Vec<Forward>,
     /// Does the guest reach what listens on the host's loopback?
@@ -219,14 +233,16 @@ pub struct UserNetwork {
 }
 
 /// A port of the host's loopback that leads to one of the guest.
-#[derive(Debug, Clone, Copy, PartialEq, Eq)]
+#[derive(Debug, Clone, Copy, PartialEq, Eq, Serialize, Deserialize)]
+#[serde(rename_all = "kebab-case", deny_unknown_fields)]
 pub struct Forward {
     pub protocol: ForwardedProtocol,
     pub host_port: u16,
     pub guest_port: u16,
 }
 
-#[derive(Debug, Clone, Copy, PartialEq, Eq)]
+#[derive(Debug, Clone, Copy, PartialEq, Eq, Serialize, Deserialize)]
+#[serde(rename_all = "kebab-case")]
 pub enum ForwardedProtocol {
     Tcp,
     Udp,
@@ -242,7 +258,8 @@ impl fmt::Display for ForwardedProtocol {
 }
 
 /// A device that gives the guest of the host's entropy.
-#[derive(Debug, Clone, PartialEq, Eq, Default)]
+#[derive(Debug, Clone, PartialEq, Eq, Default, Serialize, Deserialize)]
+#[serde(rename_all = "kebab-case", deny_unknown_fields)]
 pub struct EntropyConfig {
     pub limits: RateLimits,
 }

@@ -2,7 +2,7 @@
 
 use crate::config::firecracker as fc;
 
-use super::Fault;
+use super::{Fault, RestoreRequest, SnapshotRequest};
 
 /// A request to the owner. Bodies are checked as far as they can be by themselves.
 #[derive(Debug, Clone, PartialEq, Eq)]
@@ -35,6 +35,11 @@ pub enum Call {
     GetVm,
     GetMetrics,
     Power(Power),
+    Snapshot(SnapshotRequest),
+    Restore(RestoreRequest),
+    /// A snapshot in two files.
+    CreateFiles(fc::SnapshotCreate),
+    LoadFiles(Box<fc::SnapshotLoad>),
 }
 
 /// When a call has a meaning.
@@ -93,13 +98,17 @@ impl Call {
             | Self::PutSerial(_)
             | Self::PutLogger(_)
             | Self::PutMetrics(_)
+            | Self::Restore(_)
+            | Self::LoadFiles(_)
             | Self::Act(fc::ActionType::InstanceStart) => When::Before,
             Self::PatchDrive(_)
             | Self::DeleteDrive(_)
             | Self::PatchNetwork(_)
             | Self::DeleteNetwork(_)
             | Self::Act(fc::ActionType::FlushMetrics | fc::ActionType::SendCtrlAltDel)
-            | Self::SetState(_) => When::After,
+            | Self::SetState(_)
+            | Self::Snapshot(_)
+            | Self::CreateFiles(_) => When::After,
             Self::Missing(_, when) => *when,
         }
     }

@@ -4,8 +4,10 @@ use std::error::Error;
 
 use thiserror::Error;
 
+use crate::config::OverrideError;
 use crate::config::firecracker::InvalidValue;
-use crate::machine::MachineError;
+use crate::machine::{MachineError, SaveError};
+use crate::snapshot::SnapshotError;
 
 #[derive(Debug, Error)]
 pub enum Fault {
@@ -39,6 +41,12 @@ pub enum Fault {
     Open { path: String, source: std::io::Error },
     #[error("{}", chain(.0))]
     Machine(#[from] MachineError),
+    #[error("{}", chain(.0))]
+    Save(#[from] SaveError),
+    #[error(transparent)]
+    Override(OverrideError),
+    #[error("{}", chain(.0))]
+    Snapshot(#[from] SnapshotError),
     #[error("{0}")]
     Conflict(String),
 }
@@ -72,6 +80,13 @@ impl Fault {
             | Self::NoHotplug
             | Self::Conflict(_) => FaultKind::Conflict,
             Self::Invalid(_) | Self::BootArguments(_) | Self::Open { .. } => FaultKind::Invalid,
+            Self::Save(SaveError::NotPaused(_) | SaveError::Busy(_)) | Self::Snapshot(SnapshotError::Exists(_)) => {
+                FaultKind::Conflict
+            }
+            Self::Save(SaveError::State(_) | SaveError::Memory(_)) | Self::Snapshot(SnapshotError::Write { .. }) => {
+                FaultKind::Host
+            }
+            Self::Snapshot(_) | Self::Override(_) => FaultKind::Invalid,
             Self::NoSuch { .. } => FaultKind::NotFound,
             Self::Missing(_) => FaultKind::Missing,
             Self::Machine(error) => match error {
@@ -85,7 +100,7 @@ impl Fault {
 }
 
 /// An error with its causes, in one line.
-fn chain(error: &MachineError) -> String {
+fn chain(error: &dyn Error) -> String {
     let causes = std::iter::successors(error.source(), |&e| e.source()).map(ToString::to_string);
     std::iter::once(error.to_string()).chain(causes).collect::<Vec<_>>().join(": ")
 }

@@ -13,6 +13,7 @@ mod metrics;
 mod owner;
 mod plan;
 mod running;
+mod snapshots;
 pub mod views;
 
 pub use self::call::{Answer, Answerer, Call, Power, When};
@@ -20,3 +21,4 @@ pub use self::calls::{CallSender, Calls, Listener, Message, calls};
 pub use self::fault::{Fault, FaultKind};
 pub use self::metrics::ApiCounts;
 pub use self::owner::{FIRECRACKER_VERSION, Identity, Owner};
+pub use self::snapshots::{RestoreRequest, SnapshotRequest, SnapshotTimes};

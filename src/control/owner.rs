@@ -5,6 +5,7 @@ use std::sync::Arc;
 
 use super::metrics::{self, ApiCounts, MetricsFile};
 use super::plan::Plan;
+use super::snapshots::Saving;
 use super::views;
 use super::{Answer, Answerer, Call, Fault, Listener, Message, Power, When};
 use crate::backend::{HostFile, HostFiles};
@@ -23,6 +24,8 @@ pub struct Identity {
     pub transport: Transport,
     /// What a vCPU's thread is called, before its number.
     pub vcpu_thread: &'static str,
+    /// Does a snapshot that cannot be loaded end the program?
+    pub ends_with_failed_load: bool,
 }
 
 impl Identity {
@@ -36,6 +39,7 @@ impl Identity {
             default_boot_args: crate::config::DEFAULT_CMDLINE,
             transport,
             vcpu_thread: "vcpu",
+            ends_with_failed_load: false,
         }
     }
 
@@ -49,6 +53,7 @@ impl Identity {
             default_boot_args: "reboot=k panic=1 nomodule 8250.nr_uarts=0 i8042.noaux i8042.nomux i8042.dumbkbd swiotlb=noforce",
             transport,
             vcpu_thread: "fc_vcpu ",
+            ends_with_failed_load: true,
         }
     }
 }
@@ -60,13 +65,16 @@ pub const FIRECRACKER_VERSION: &str = "1.17.0";
 pub struct Owner {
     pub(super) identity: Identity,
     pub(super) host: Arc<dyn HostFiles>,
-    console: SerialConfig,
-    timeline: Arc<Timeline>,
+    pub(super) console: SerialConfig,
+    pub(super) timeline: Arc<Timeline>,
     pub(super) plan: Plan,
     pub(super) machine: Option<Machine>,
     listeners: Vec<Listener>,
     /// Who waits for the vCPUs to be parked.
     pausing: Vec<Answerer>,
+    pub(super) saving: Option<Saving>,
+    /// A snapshot could not be loaded, after which Firecracker does not go on.
+    pub(super) load_failed: bool,
     metrics: Option<MetricsFile>,
     api: Option<ApiCounts>,
     /// What the listeners know.
@@ -85,6 +93,8 @@ impl Owner {
             machine: None,
             listeners: Vec::new(),
             pausing: Vec::new(),
+            saving: None,
+            load_failed: false,
             metrics: None,
             api: None,
             told: NOT_STARTED,
@@ -129,6 +139,12 @@ impl Owner {
     pub fn handle(&mut self, message: Message) {
         match message {
             Message::Call(Call::SetState(state), answerer) => self.set_state(state, answerer),
+            Message::Call(Call::Snapshot(request), answerer) if self.machine.is_some() => {
+                self.snapshot(&request, answerer);
+            }
+            Message::Call(Call::CreateFiles(request), answerer) if self.machine.is_some() => {
+                self.snapshot_to_files(&request, answerer);
+            }
             Message::Call(call, answerer) => {
                 let answer = self.perform(call);
                 self.tell_state();
@@ -157,6 +173,7 @@ impl Owner {
         if self.end().is_some() {
             self.settle_pauses();
         }
+        self.settle_snapshot(false);
         self.tell_state();
     }
 
@@ -167,6 +184,12 @@ impl Owner {
             State::Ended(end) => Some(end),
             _ => None,
         }
+    }
+
+    /// Is there nothing left to do, as a snapshot could not be loaded?
+    #[must_use]
+    pub fn has_given_up(&self) -> bool {
+        self.load_failed
     }
 
     /// Asked for from outside, by a signal or a key.
@@ -212,6 +235,7 @@ impl Owner {
     /// Lets go of all listeners, and answers who still waits.
     pub fn hang_up(&mut self) {
         self.settle_pauses();
+        self.settle_snapshot(true);
         self.listeners.clear();
     }
 
@@ -325,8 +349,10 @@ impl Owner {
             Call::Act(fc::ActionType::FlushMetrics) => self.write_metrics(),
             Call::Missing(what, _) => return Err(Fault::Missing(what)),
             Call::Power(power) => self.power(power)?,
-            // It may have to wait: see `set_state`.
-            Call::SetState(_) => {}
+            // They may have to wait: see `set_state` and `snapshot`.
+            Call::SetState(_) | Call::Snapshot(_) | Call::CreateFiles(_) => {}
+            Call::Restore(request) => self.restore_folder(&request)?,
+            Call::LoadFiles(load) => self.load_files(&load)?,
         }
         Ok(Answer::Done)
     }
@@ -337,7 +363,7 @@ impl Owner {
     }
 
     /// Tells the listeners of a change of state, if there was one.
-    fn tell_state(&mut self) {
+    pub(super) fn tell_state(&mut self) {
         let state = self.state();
         if state != self.told {
             let line = views::state_event(Some(self.told), state);

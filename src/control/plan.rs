@@ -10,9 +10,9 @@ use crate::boot::BootFile;
 use crate::config::firecracker as fc;
 use crate::config::{
     CacheMode, CpuChanges, DiskConfig, EntropyConfig, IoEngine, MemoryPages, MemorySize, NetBackend, NetConfig,
-    SerialConfig, Transport, VmConfig,
+    SavedVm, SerialConfig, Transport, VmConfig,
 };
-use crate::machine::{MachineError, OpenDisk, OpenNic, Parts, SerialSetup, open_initrd, open_kernel};
+use crate::machine::{MachineError, OpenDisk, OpenNic, Origin, Parts, SerialSetup, open_initrd, open_kernel};
 use crate::platform::serial::SerialOutput;
 
 /// Most bytes of a command line, for Firecracker's clients.
@@ -39,6 +39,16 @@ fn put<T>(entries: &mut Vec<T>, new: T, is_same: impl Fn(&T) -> bool) {
 }
 
 impl Plan {
+    /// Has nothing been said yet about the VM itself?
+    pub fn is_untouched(&self) -> bool {
+        let observed = fc::VmDescription {
+            logger: self.description.logger.clone(),
+            metrics: self.description.metrics.clone(),
+            ..Default::default()
+        };
+        self.description == observed
+    }
+
     pub fn machine_config(&self) -> fc::MachineConfig {
         self.description.machine_config.unwrap_or_default()
     }
@@ -216,6 +226,22 @@ impl Plan {
         };
     }
 
+    /// Describes a VM that was saved: as its clients did, on the files and networks it has now.
+    pub fn describe_saved(&mut self, description: &fc::VmDescription, config: &SavedVm) {
+        self.description = description.clone();
+        for drive in &mut self.description.drives {
+            if let Some(disk) = config.disks.iter().find(|disk| disk.name == drive.drive_id) {
+                drive.path_on_host = Some(disk.config.path.clone());
+            }
+        }
+        for nic in &mut self.description.network_interfaces {
+            let card = config.nics.iter().find(|card| card.name == nic.iface_id);
+            if let Some(NetBackend::Tap(tap)) = card.map(|card| &card.config.backend) {
+                nic.host_dev_name.clone_from(&tap.name);
+            }
+        }
+    }
+
     /// Everything that the machine is built of: what is open, and the rest opened anew. `console` is where the serial
     /// port goes unless a file has been named.
     pub fn parts(&mut self, host: &dyn HostFiles, identity: &Identity, console: &SerialConfig) -> Result<Parts, Fault> {
@@ -255,9 +281,7 @@ impl Plan {
             Some(fc::CpuConfigSource::Path(_)) | None => CpuChanges::default(),
         };
         Ok(Parts {
-            kernel,
-            initrd,
-            cmdline,
+            origin: Origin::Kernel { kernel, initrd, cmdline },
             cpus: machine.vcpu_count,
             threads_per_core: machine.threads_per_core(),
             cpu_changes,

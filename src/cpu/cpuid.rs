@@ -7,7 +7,8 @@
 use kvm_bindings::{CpuId, KVM_CPUID_FLAG_SIGNIFCANT_INDEX, KVM_MAX_CPUID_ENTRIES, kvm_cpuid_entry2};
 use kvm_ioctls::{Cap, Kvm};
 
-use super::CpuError;
+use super::features::{self, Incompatible};
+use super::{CpuError, Raw};
 use crate::config::{CpuidChange, CpuidRegister};
 
 /// What KVM supports on this host: asked once, shaped per vCPU.
@@ -77,6 +78,15 @@ impl HostCpuid {
     pub fn physical_address_bits(&self) -> u8 {
         let leaf = self.entries.iter().find(|e| e.function == 0x8000_0008);
         leaf.map_or(36, |e| (e.eax & 0xff) as u8)
+    }
+
+    /// Can a guest go on here that was saved with this CPUID?
+    ///
+    /// # Errors
+    /// What is missing.
+    pub fn check(&self, saved: &[Raw<kvm_cpuid_entry2>]) -> Result<(), Incompatible> {
+        let saved: Vec<_> = saved.iter().map(|entry| entry.0).collect();
+        features::check(&saved, &self.entries)
     }
 
     /// CPUID of vCPU `id`.

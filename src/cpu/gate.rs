@@ -66,6 +66,10 @@ impl Gate {
         }
     }
 
+    pub fn is_closed(&self) -> bool {
+        self.position.load(Ordering::Acquire) == CLOSED
+    }
+
     pub fn is_shut(&self) -> bool {
         self.position.load(Ordering::Acquire) == SHUT
     }

@@ -2,16 +2,19 @@
 
 use std::io;
 use std::mem::ManuallyDrop;
+use std::os::fd::{AsRawFd, RawFd};
 use std::sync::Arc;
 use std::thread::JoinHandle;
 
+use kvm_bindings::CpuId;
 use kvm_ioctls::{VcpuExit, VcpuFd, VmFd};
 use thiserror::Error;
 use vmm_sys_util::signal::Killable;
 
 use super::gate::Gate;
 use super::kick::{self, RunPage};
-use super::{EntryPoint, HostCpuid, Topology, msrs};
+use super::state::second_handle;
+use super::{EntryPoint, HostCpuid, StateShape, Topology, VcpuStateV1, msrs};
 use crate::config::MsrChange;
 use crate::observe::Exits;
 
@@ -27,6 +30,12 @@ pub enum CpuError {
     NoMsr { index: u32 },
     #[error("KVM does not take {value:#x} for MSR {index:#x}, as the CPU configuration would have it")]
     MsrValue { index: u32, value: u64 },
+    #[error("{0} bytes of FPU state are more than this host's KVM takes")]
+    XsaveSize(usize),
+    #[error("the list of MSRs is larger than KVM takes")]
+    MsrEntries,
+    #[error("this host's KVM refuses MSR {index:#x} with value {value:#x}")]
+    Msr { index: u32, value: u64 },
     #[error("cannot start the thread of vCPU {id}")]
     Thread { id: u8, source: io::Error },
 }
@@ -69,6 +78,7 @@ pub trait ExitHandler: Send + Sync {
 pub struct Vcpu {
     fd: VcpuFd,
     id: u8,
+    cpuid: Arc<CpuId>,
     pub(super) exits: Arc<Exits>,
 }
 
@@ -76,10 +86,23 @@ impl Vcpu {
     /// Creates vCPU `id`, with its CPUID and MSRs; the first one gets the entry point's registers.
     pub fn new(vm: &VmFd, cpuid: &HostCpuid, id: u8, topology: Topology, msrs: &[MsrChange]) -> Result<Self, CpuError> {
         let fd = vm.create_vcpu(id.into()).map_err(CpuError::at("create a vCPU"))?;
-        fd.set_cpuid2(&cpuid.for_vcpu(id, topology)?).map_err(CpuError::at("set CPUID"))?;
+        let cpuid = Arc::new(cpuid.for_vcpu(id, topology)?);
+        fd.set_cpuid2(&cpuid).map_err(CpuError::at("set CPUID"))?;
         msrs::change_msrs(&fd, msrs)?;
         msrs::set_boot_msrs(&fd)?;
-        Ok(Self { fd, id, exits: Arc::default() })
+        Ok(Self { fd, id, cpuid, exits: Arc::default() })
+    }
+
+    /// Creates vCPU `id` as it was saved.
+    pub fn restore(vm: &VmFd, state: &VcpuStateV1, shape: &StateShape, id: u8) -> Result<Self, CpuError> {
+        let fd = vm.create_vcpu(id.into()).map_err(CpuError::at("create a vCPU"))?;
+        let cpuid = Arc::new(state.restore(&fd, shape)?);
+        Ok(Self { fd, id, cpuid, exits: Arc::default() })
+    }
+
+    /// What it is, while it has no thread.
+    pub(super) fn save(&self, shape: &StateShape) -> Result<VcpuStateV1, CpuError> {
+        VcpuStateV1::save(&self.fd, &self.cpuid, shape)
     }
 
     pub fn enter_at(&self, entry: &EntryPoint) -> Result<(), CpuError> {
@@ -95,6 +118,7 @@ impl Vcpu {
     ) -> Result<VcpuHandle, CpuError> {
         let id = self.id;
         let page = RunPage::of(&mut self.fd);
+        let (fd, cpuid) = (self.fd.as_raw_fd(), self.cpuid.clone());
         // The vCPU travels into the thread and back out through the handle's join, which keeps its page mapped
         // for as long as the handle may kick it.
         let thread = std::thread::Builder::new()
@@ -108,11 +132,14 @@ impl Vcpu {
                 ManuallyDrop::into_inner(vcpu)
             })
             .map_err(|source| CpuError::Thread { id, source })?;
-        Ok(VcpuHandle { thread: Some(thread), page })
+        Ok(VcpuHandle { thread: Some(thread), page, fd, cpuid })
     }
 
     fn run(&mut self, page: RunPage, handler: &dyn ExitHandler, gate: &Gate) {
-        if self.id == 0 {
+        if gate.is_closed() {
+            self.come_by(page, handler, gate);
+        }
+        if self.id == 0 && !gate.is_shut() {
             handler.first_entry();
         }
         while !gate.is_shut() {
@@ -180,6 +207,9 @@ const STACK: usize = 256 << 10;
 pub struct VcpuHandle {
     thread: Option<JoinHandle<Vcpu>>,
     page: RunPage,
+    /// Open until the thread has been joined, as the page is mapped.
+    fd: RawFd,
+    cpuid: Arc<CpuId>,
 }
 
 impl VcpuHandle {
@@ -190,6 +220,13 @@ impl VcpuHandle {
             // It fails when the thread has ended, which is what is wanted.
             let _ = thread.kill(kick::kick_signal());
         }
+    }
+}
+
+impl VcpuHandle {
+    /// What it is, while its thread waits outside of the guest.
+    pub fn save(&self, vm: &VmFd, shape: &StateShape) -> Result<VcpuStateV1, CpuError> {
+        VcpuStateV1::save(&second_handle(vm, self.fd)?, &self.cpuid, shape)
     }
 }
 

@@ -4,7 +4,10 @@ use std::sync::Arc;
 use std::time::Duration;
 
 use super::gate::Gate;
+use kvm_ioctls::VmFd;
+
 use super::vcpu::{CpuError, ExitHandler, Vcpu, VcpuHandle};
+use super::{StateShape, VcpuStateV1};
 use crate::observe::Exits;
 
 /// The vCPUs. Dropping them ends them, and waits for that.
@@ -25,6 +28,12 @@ impl Vcpus {
         Self { waiting: vcpus, running: Vec::new(), gate, exits }
     }
 
+    #[must_use]
+    pub fn count(&self) -> u8 {
+        // There are never more than a configuration can say.
+        self.exits.len().try_into().unwrap_or(u8::MAX)
+    }
+
     /// What each has left the guest for.
     pub fn exits(&self) -> impl Iterator<Item = &Exits> {
         self.exits.iter().map(|exits| &**exits)
@@ -39,6 +48,24 @@ impl Vcpus {
             self.running.push(vcpu.start(thread, handler.clone(), self.gate.clone())?);
         }
         Ok(())
+    }
+
+    /// As [`Self::start`], but they wait to be resumed.
+    ///
+    /// # Errors
+    /// As there.
+    pub fn start_paused(&mut self, thread: &str, handler: &Arc<dyn ExitHandler>) -> Result<(), CpuError> {
+        self.gate.close();
+        self.start(thread, handler)
+    }
+
+    /// What each of them is. None may be in the guest.
+    ///
+    /// # Errors
+    /// KVM's.
+    pub fn save(&self, vm: &VmFd, shape: &StateShape) -> Result<Vec<VcpuStateV1>, CpuError> {
+        let waiting = self.waiting.iter().map(|vcpu| vcpu.save(shape));
+        waiting.chain(self.running.iter().map(|vcpu| vcpu.save(vm, shape))).collect()
     }
 
     /// Asks all to leave the guest until they are resumed. [`ExitHandler::all_parked`] tells when they have.

@@ -17,11 +17,12 @@ use super::error::{KvmError, MachineError};
 use super::events::EventQueue;
 use super::lifecycle::State;
 use super::limits::Limits;
-use super::parts::{Parts, SerialSetup};
+use super::parts::{Origin, Parts, SerialSetup};
+use super::saved::MachineStateV1;
 use crate::backend::{HostFile, HostFiles};
 use crate::boot::{self, BootSource, KernelCache};
 use crate::config::{CpuChanges, MemoryPages, MsrChange, check_size, check_threads};
-use crate::cpu::{self, EntryPoint, HostCpuid, Topology, Vcpu, Vcpus};
+use crate::cpu::{self, EntryPoint, HostCpuid, StateShape, Topology, Vcpu, Vcpus};
 use crate::memory::{self, Ram};
 use crate::observe::{Milestone, Timeline};
 use crate::platform::acpi::{self, AcpiConfig, AcpiError, PciTables};
@@ -32,7 +33,7 @@ use crate::platform::serial::{SerialDevice, SerialPort};
 use crate::platform::{EventSink, events, layout, power};
 
 impl Machine {
-    /// Builds a machine: everything is loaded and ready when this returns.
+    /// Builds a machine: everything is loaded and ready when this returns. One that was saved is paused then, as it was.
     ///
     /// # Errors
     /// The first thing that is wrong; nothing is left behind then.
@@ -44,50 +45,58 @@ impl Machine {
         parts.memory_pages.check(memory)?;
         let topology = Topology { cpus, threads_per_core: parts.threads_per_core };
         let changes = parts.cpu_changes;
-        let Parts { kernel, initrd, cmdline, disks, nics, entropy, serial, transport, vcpu_thread, .. } = parts;
+        let Parts { origin, disks, nics, entropy, serial, transport, vcpu_thread, .. } = parts;
         let kvm = open_kvm(host, cpus, &changes)?;
         let vm = Arc::new(kvm.create_vm().map_err(KvmError::call("create a VM"))?);
         timeline.mark(Milestone::VmCreated);
 
         let ranges = layout::ram_ranges(memory.0);
-        let ram = match parts.memory_pages {
-            MemoryPages::Transparent => memory::anonymous(&ranges)?,
-            MemoryPages::Huge => memory::huge_pages(&ranges)?,
+        let ram = match (&origin, parts.memory_pages) {
+            (Origin::Kernel { .. }, MemoryPages::Transparent) => memory::anonymous(&ranges)?,
+            (Origin::Kernel { .. }, MemoryPages::Huge) => memory::huge_pages(&ranges)?,
+            (Origin::Saved { memory, .. }, _) => memory::saved::map(memory, &ranges)?,
         };
         map_memory(&vm, &ram)?;
         timeline.mark(Milestone::MemoryMapped);
 
         create_interrupt_controllers(&vm)?;
-        let source = BootSource { kernel, initrd, cmdline, rsdp: layout::ACPI };
-        let entry = boot::load(&ram, &source, &KernelCache::of_user())?;
-        timeline.mark(Milestone::KernelLoaded);
-
         let cpuid = HostCpuid::new(&kvm, &changes.cpuid)?;
-        let window_64 = layout::pci_window_64(cpuid.physical_address_bits());
-        acpi::write(
-            &ram,
-            &AcpiConfig {
-                cpus: cpus.into(),
-                pci: devices::has_pci(transport).then_some(PciTables { window_64 }),
-                virtio_mmio: devices::mmio_places(transport, device_count),
-            },
-        )?;
-
-        power::write_reset_vector(&ram).map_err(AcpiError::from)?;
+        let Begun { vcpus, window_64, saved } = match origin {
+            Origin::Kernel { kernel, initrd, cmdline } => {
+                let source = BootSource { kernel, initrd, cmdline, rsdp: layout::ACPI };
+                let entry = boot::load(&ram, &source, &KernelCache::of_user())?;
+                timeline.mark(Milestone::KernelLoaded);
+                let window_64 = layout::pci_window_64(cpuid.physical_address_bits());
+                let pci = devices::has_pci(transport).then_some(PciTables { window_64 });
+                let virtio_mmio = devices::mmio_places(transport, device_count);
+                acpi::write(&ram, &AcpiConfig { cpus: cpus.into(), pci, virtio_mmio })?;
+                power::write_reset_vector(&ram).map_err(AcpiError::from)?;
+                Begun { vcpus: create_vcpus(&vm, &cpuid, topology, &changes.msrs, &entry)?, window_64, saved: None }
+            }
+            Origin::Saved { state, clock, .. } => {
+                state.check(cpus, &cpuid)?;
+                let vcpus = restore_vcpus(&kvm, &vm, &state)?;
+                // What the chips hold goes to LAPICs that are there, and what devices have to tell, to chips.
+                state.chips.0.restore(&vm, clock).map_err(KvmError::call("set its interrupt controllers and clock"))?;
+                Begun { vcpus, window_64: state.pci_window_64, saved: Some(state) }
+            }
+        };
 
         let events = Arc::new(EventQueue::new().map_err(MachineError::host("make an event queue"))?);
         let news = Arc::new(News { events: events.clone(), timeline: timeline.clone() });
         let board = Arc::new(Board { ports: Bus::default(), mmio: Arc::default(), news: news.clone() });
         let interrupts = Arc::new(Interrupts::new(vm.clone()));
-        let (event_device, serial) = attach_platform(&board, &news, &interrupts, serial, timeline)?;
+        let (event_device, serial) = attach_platform(&board, &news, &interrupts, serial, timeline, saved.as_deref())?;
         let limits = Limits::of(&disks, &nics);
         let opened = Opened { disks, nics, entropy };
-        let devices = Devices::attach(opened, transport, &ram, &board, &interrupts, window_64)?;
+        let devices = match &saved {
+            None => Devices::attach(opened, transport, &ram, &board, &interrupts, window_64)?,
+            Some(state) => Devices::restore(opened, &state.devices.0, transport, &ram, &board, &interrupts, window_64)?,
+        };
 
-        let vcpus = create_vcpus(&vm, &cpuid, topology, &changes.msrs, &entry)?;
         cpu::install_kick_handler().map_err(|e| KvmError::call("install its signal handler")(e))?;
         timeline.mark(Milestone::DevicesReady);
-        Ok(Self {
+        let mut machine = Self {
             state: State::Built,
             vcpu_thread,
             vcpus: Vcpus::new(vcpus),
@@ -97,9 +106,25 @@ impl Machine {
             events,
             devices,
             limits,
-            _ram: ram,
-        })
+            window_64,
+            transport,
+            kvm,
+            vm,
+            ram,
+        };
+        if let Some(saved) = saved {
+            machine.state = State::Paused { stopping: saved.stopping };
+            machine.vcpus.start_paused(machine.vcpu_thread, &machine.exit_handler())?;
+        }
+        Ok(machine)
     }
+}
+
+/// Where a machine stands before it has devices.
+struct Begun {
+    vcpus: Vec<Vcpu>,
+    window_64: Option<(u64, u64)>,
+    saved: Option<Box<MachineStateV1>>,
 }
 
 /// What the machine cannot do without.
@@ -190,13 +215,19 @@ fn attach_platform(
     interrupts: &Interrupts,
     serial: SerialSetup,
     timeline: &Arc<Timeline>,
+    saved: Option<&MachineStateV1>,
 ) -> Result<Platform, MachineError> {
     let line = |gsi| interrupts.line(gsi).map_err(MachineError::host("make an interrupt line"));
-    let serial = SerialPort::new(line(layout::SERIAL_GSI)?, serial.0, timeline.clone());
+    let saved_serial = saved.map(|state| &state.serial.0);
+    let serial = SerialPort::new(line(layout::SERIAL_GSI)?, serial.0, timeline.clone(), saved_serial);
     let serial = Arc::new(serial.map_err(MachineError::host("make the serial port"))?);
     let events = news.events.clone();
     let on_eject = Box::new(move |slot: u8| events.ejected(slot.into()));
-    let event_device = Arc::new(Mutex::new(EventDevice::new(line(layout::EVENT_GSI)?, on_eject)));
+    let mut event_device = EventDevice::new(line(layout::EVENT_GSI)?, on_eject);
+    if let Some(state) = saved {
+        event_device.restore(state.event_device.0);
+    }
+    let event_device = Arc::new(Mutex::new(event_device));
     let sink: Arc<dyn EventSink> = news.clone();
     let placed = power::attach(&board.ports, &board.mmio, &sink)
         && board.ports.insert(layout::SERIAL_PORT.into(), 8, shared(SerialDevice(serial.clone())))
@@ -215,6 +246,12 @@ fn create_vcpus(
     let vcpus = (0..topology.cpus).map(|id| Vcpu::new(vm, cpuid, id, topology, msrs)).collect::<Result<Vec<_>, _>>()?;
     vcpus[0].enter_at(entry)?;
     Ok(vcpus)
+}
+
+fn restore_vcpus(kvm: &Kvm, vm: &VmFd, state: &MachineStateV1) -> Result<Vec<Vcpu>, MachineError> {
+    let shape = StateShape::new(kvm, vm)?;
+    let vcpus = (0..).zip(&state.vcpus).map(|(id, vcpu)| Vcpu::restore(vm, &vcpu.0, &shape, id));
+    Ok(vcpus.collect::<Result<_, _>>()?)
 }
 
 #[cfg(test)]

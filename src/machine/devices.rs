@@ -1,8 +1,6 @@
 //! The machine's virtio devices: put behind its transport, and known by name to its owner.
 
-#[allow(dead_code, reason = "the machine that is saved and restored is to come")]
 mod at_rest;
-#[allow(dead_code, reason = "the same")]
 mod state;
 
 use std::fmt;
@@ -18,7 +16,7 @@ use super::error::{MachineError, PlugError};
 use super::events::EventQueue;
 use super::parts::{OpenDisk, OpenNic};
 use crate::backend::Limiter;
-use crate::config::{EntropyConfig, Transport};
+use crate::config::{EntropyConfig, NetConfig, Transport};
 use crate::devices::{Front, rng};
 use crate::memory::Ram;
 use crate::observe::Traffic;
@@ -133,6 +131,10 @@ pub struct Devices {
     /// How many there have been, for their names in logs.
     disks: usize,
     nics: usize,
+    /// What the cards are on.
+    networks: Vec<(DeviceId, NetConfig)>,
+    /// Do all of them rest?
+    at_rest: bool,
 }
 
 struct Pci {
@@ -181,7 +183,16 @@ impl Devices {
             assert!(placed, "{NO_OVERLAP}");
             Pci { root, interrupts: interrupts.clone(), last_slot: 0 }
         });
-        Self { all: Vec::new(), ram: ram.clone(), pci, entropy: None, disks: 0, nics: 0 }
+        Self {
+            all: Vec::new(),
+            ram: ram.clone(),
+            pci,
+            entropy: None,
+            disks: 0,
+            nics: 0,
+            networks: Vec::new(),
+            at_rest: false,
+        }
     }
 
     /// Makes all devices, in the order that guests number them, and has them put into their places.
@@ -245,8 +256,10 @@ impl Devices {
 
     fn make_nic(&mut self, nic: OpenNic) -> Result<Made, MachineError> {
         let id = self.vacant(DeviceId::Nic(nic.id().to_owned()))?;
+        let network = nic.config().clone();
         let front = nic.into_device(format!("net{}", self.nics))?;
         self.nics += 1;
+        self.networks.push((id.clone(), network));
         Ok(Made { front, id, drive: None })
     }
 
@@ -351,7 +364,9 @@ impl Devices {
     pub fn forget(&mut self, slot: usize) -> Option<DeviceId> {
         let gone = |device: &Device| device.place.slot() == Some(slot) && device.presence == Presence::Ejected;
         let at = self.all.iter().position(gone)?;
-        Some(self.all.remove(at).id)
+        let id = self.all.remove(at).id;
+        self.networks.retain(|network| network.0 != id);
+        Some(id)
     }
 
     /// Those that come and go: disks and network cards.

@@ -43,6 +43,7 @@ impl Drive {
         let disk = Arc::new(disk);
         let rings = Rings::new(&disk, host, self.config.engine, self.config.queues)?;
         let old = std::mem::replace(&mut self.disk, disk);
+        (self.config.path, self.config.image) = (path.to_owned(), image.clone());
         let told = Box::new(move || owner.look());
         self.change = Some(self.tray.change(old, &self.disk, rings, driver.clone(), told));
         Ok(())

@@ -6,6 +6,7 @@ use std::path::PathBuf;
 use thiserror::Error;
 
 use super::devices::{DeviceBusy, DeviceId, RestoreError};
+use super::saved::StateError;
 use crate::backend::disk::DiskError;
 use crate::backend::passt::PasstError;
 use crate::backend::tap::TapError;
@@ -46,6 +47,14 @@ pub enum MachineError {
     Busy(#[from] DeviceBusy),
     #[error("the VM's saved devices cannot be restored")]
     Restore(#[from] RestoreError),
+    #[error("the saved VM's {place} is not there as it was")]
+    NotThere {
+        /// As it is overridden: `disk.NAME` or `net.NAME`.
+        place: String,
+        source: Box<MachineError>,
+    },
+    #[error("the saved VM cannot go on here")]
+    State(#[from] StateError),
     #[error("{request} means nothing while the VM is {state}")]
     NotNow { request: &'static str, state: &'static str },
     #[error("the host has no resources left to {what}")]

@@ -7,7 +7,7 @@ use super::devices::DeviceId;
 use super::error::{MachineError, PlugError};
 use super::parts::{OpenDisk, OpenNic};
 use crate::backend::Limiter;
-use crate::config::{ConfigError, RateLimits};
+use crate::config::{ConfigError, RateLimits, SavedDisk, SavedNic};
 use crate::devices::net::NetLimiters;
 use crate::observe::{Exits, Traffic};
 
@@ -45,6 +45,19 @@ impl Limits {
             DeviceId::Disk(gone) => self.disks.retain(|(id, _)| id != gone),
             DeviceId::Nic(gone) => self.nics.retain(|(id, _)| id != gone),
             DeviceId::Entropy => {}
+        }
+    }
+
+    /// Writes the limits of now into a description of the devices.
+    pub fn describe(&self, disks: &mut [SavedDisk], nics: &mut [SavedNic]) {
+        for (id, limiter) in &self.disks {
+            disks.iter_mut().filter(|disk| disk.name == *id).for_each(|disk| disk.config.limits = limiter.limits());
+        }
+        for (id, limiters) in &self.nics {
+            let NicLimiters::Both(limiters) = limiters else { continue };
+            for nic in nics.iter_mut().filter(|nic| nic.name == *id) {
+                (nic.config.rx_limits, nic.config.tx_limits) = (limiters.rx.limits(), limiters.tx.limits());
+            }
         }
     }
 

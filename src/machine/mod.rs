@@ -13,22 +13,29 @@ mod hotplug;
 mod lifecycle;
 mod limits;
 mod parts;
+mod save;
+mod saved;
 
 use std::os::fd::RawFd;
 use std::sync::{Arc, Mutex, MutexGuard, PoisonError};
 use std::time::Duration;
 
+use kvm_ioctls::{Kvm, VmFd};
+
 pub use self::devices::{DeviceBusy, DeviceId, DevicesStateV1, Presence, RestoreError};
 pub use self::drive::Replacement;
 pub use self::error::{KvmError, MachineError, PlugError};
 pub use self::lifecycle::{End, State};
-pub use self::parts::{OpenDisk, OpenNic, Parts, SerialSetup, open_initrd, open_kernel};
+pub use self::parts::{OpenDisk, OpenNic, Origin, Parts, SerialSetup, open_initrd, open_kernel};
+pub use self::save::{AtRest, SaveError};
+pub use self::saved::{MachineStateV1, StateError};
 
 use self::board::Board;
 use self::devices::Devices;
 use self::events::EventQueue;
 use self::lifecycle::Request;
 use self::limits::Limits;
+use crate::config::Transport;
 use crate::cpu::{ExitHandler, Vcpus};
 use crate::memory::Ram;
 use crate::platform::events::EventDevice;
@@ -68,8 +75,12 @@ pub struct Machine {
     events: Arc<EventQueue>,
     devices: Devices,
     limits: Limits,
+    window_64: Option<(u64, u64)>,
+    transport: Transport,
+    kvm: Kvm,
+    vm: Arc<VmFd>,
     /// Dropped last: KVM maps it for as long as there are vCPUs.
-    _ram: Ram,
+    ram: Ram,
 }
 
 impl Machine {
@@ -79,10 +90,14 @@ impl Machine {
     /// When the host has no thread for one of them.
     pub fn start(&mut self) -> Result<(), MachineError> {
         self.request(Request::Start);
+        Ok(self.vcpus.start(self.vcpu_thread, &self.exit_handler())?)
+    }
+
+    fn exit_handler(&self) -> Arc<dyn ExitHandler> {
         let handler: Arc<dyn ExitHandler> = self.board.clone();
         #[cfg(feature = "fuzzing")]
         let handler = crate::fuzzing::recorded(handler);
-        Ok(self.vcpus.start(self.vcpu_thread, &handler)?)
+        handler
     }
 
     /// Gets all vCPUs out of the guest. Its devices go on with what they have in hand, and with what comes from outside.
@@ -109,6 +124,7 @@ impl Machine {
     /// As [`Self::pause`].
     pub fn resume(&mut self) -> Result<(), MachineError> {
         self.demand(Request::Resume)?;
+        self.devices.resume();
         self.vcpus.resume();
         Ok(())
     }
@@ -167,6 +183,12 @@ impl Machine {
         self.events.fd()
     }
 
+    /// Makes [`Self::events_fd`] readable, from any thread: something that the owner waits for has happened.
+    pub fn waker(&self) -> impl Fn() + Send + use<> {
+        let events = self.events.clone();
+        move || events.look()
+    }
+
     #[must_use]
     pub fn serial(&self) -> &SerialPort {
         &self.serial
@@ -192,4 +214,4 @@ impl Machine {
 }
 
 #[cfg(test)]
-mod tests;
+pub(crate) mod tests;

@@ -1,12 +1,14 @@
 //! What a machine is made of, opened: whatever can be wrong with the host's files, disks and networks is found out
 //! here, before there is a machine.
 
+use std::fs::File;
 use std::path::Path;
 use std::sync::Arc;
 
 use super::drive::Drive;
 use super::error::MachineError;
 use super::limits::NicLimiters;
+use super::saved::MachineStateV1;
 use crate::backend::disk::Disk;
 use crate::backend::passt::Passt;
 use crate::backend::tap::Tap;
@@ -15,19 +17,17 @@ use crate::backend::{HostFile, HostFiles, Limiter};
 use crate::boot::{BootError, BootFile};
 use crate::config::{
     CpuChanges, DiskConfig, EntropyConfig, MAX_USER_MTU, MacAddress, MemoryPages, MemorySize, NetBackend, NetConfig,
-    SerialConfig, Transport, VmConfig,
+    SavedDisk, SavedNic, SavedVm, SerialConfig, Transport, VmConfig,
 };
 use crate::devices::block::{BlockDevice, BlockOptions, Rings};
 use crate::devices::net::{NetLimiters, NetOptions, NetShapeV1};
 use crate::devices::{Front, block, net};
+use crate::platform::chips::Clock;
 use crate::platform::serial::{SerialOutput, stdout_file};
 
 /// Everything that [`Machine::build`](super::Machine::build) needs.
 pub struct Parts {
-    pub kernel: BootFile,
-    pub initrd: Option<BootFile>,
-    /// All of the kernel's command line.
-    pub cmdline: String,
+    pub origin: Origin,
     pub cpus: u8,
     pub threads_per_core: u8,
     pub cpu_changes: CpuChanges,
@@ -41,6 +41,24 @@ pub struct Parts {
     pub transport: Transport,
     /// What a vCPU's thread is called, in front of its number.
     pub vcpu_thread: &'static str,
+}
+
+/// Where a machine's life begins.
+pub enum Origin {
+    /// At the entry of a kernel.
+    Kernel {
+        kernel: BootFile,
+        initrd: Option<BootFile>,
+        /// All of the kernel's command line.
+        cmdline: String,
+    },
+    /// Where it was saved.
+    Saved {
+        state: Box<MachineStateV1>,
+        /// What [`saved::save`](crate::memory::saved::save) has written.
+        memory: File,
+        clock: Clock,
+    },
 }
 
 impl Parts {
@@ -62,9 +80,7 @@ impl Parts {
         let open_nic = |(index, nic)| OpenNic::open(&format!("net{index}"), nic, host);
         let nics = config.nics.iter().enumerate().map(open_nic).collect::<Result<_, _>>()?;
         Ok(Self {
-            kernel,
-            initrd,
-            cmdline: config.kernel_cmdline(),
+            origin: Origin::Kernel { kernel, initrd, cmdline: config.kernel_cmdline() },
             cpus: config.cpus,
             threads_per_core: config.threads_per_core,
             cpu_changes: CpuChanges::default(),
@@ -76,6 +92,43 @@ impl Parts {
             serial,
             transport: config.transport,
             vcpu_thread: "vcpu",
+        })
+    }
+
+    /// Opens what a saved VM was made of. `console` is where its serial port goes.
+    ///
+    /// # Errors
+    /// The first thing that is wrong; all is closed again then.
+    pub fn of_saved(
+        config: &SavedVm,
+        origin: Origin,
+        console: SerialSetup,
+        vcpu_thread: &'static str,
+        host: &dyn HostFiles,
+    ) -> Result<Self, MachineError> {
+        let gone = |place: &str, name: &str| {
+            let place = format!("{place}.{name}");
+            move |source| MachineError::NotThere { place, source: Box::new(source) }
+        };
+        let open_disk =
+            |disk: &SavedDisk| OpenDisk::open(&disk.name, &disk.config, host).map_err(gone("disk", &disk.name));
+        let disks = config.disks.iter().map(open_disk).collect::<Result<_, _>>()?;
+        let open_nic = |nic: &SavedNic| OpenNic::open(&nic.name, &nic.config, host).map_err(gone("net", &nic.name));
+        let nics = config.nics.iter().map(open_nic).collect::<Result<_, _>>()?;
+        Ok(Self {
+            origin,
+            cpus: config.cpus,
+            // What a CPU is, its saved state says.
+            threads_per_core: 1,
+            cpu_changes: CpuChanges::default(),
+            memory: config.memory,
+            memory_pages: MemoryPages::Transparent,
+            disks,
+            nics,
+            entropy: config.entropy.clone(),
+            serial: console,
+            transport: config.transport,
+            vcpu_thread,
         })
     }
 
@@ -157,6 +210,7 @@ impl OpenDisk {
 /// A network card that is attached to its network.
 pub struct OpenNic {
     id: String,
+    config: NetConfig,
     options: NetOptions,
     limiters: NetLimiters,
     wire: Wire,
@@ -193,7 +247,7 @@ impl OpenNic {
             }
         };
         let limiters = NetLimiters::new(config.rx_limits, config.tx_limits);
-        Ok(Self { id: id.to_owned(), options, limiters, wire })
+        Ok(Self { id: id.to_owned(), config: config.clone(), options, limiters, wire })
     }
 
     #[must_use]
@@ -202,9 +256,12 @@ impl OpenNic {
     }
 
     /// Has the card be one that a guest knows already, or refuse.
-    #[allow(dead_code, reason = "see devices::state")]
     pub(super) fn keep_shape(&mut self, shape: NetShapeV1) {
         self.options.shape = Some(shape);
+    }
+
+    pub(super) fn config(&self) -> &NetConfig {
+        &self.config
     }
 
     pub(super) fn limiters(&self) -> NicLimiters {

@@ -12,6 +12,7 @@ use crate::backend::{DiskError, OpenDirectly};
 use crate::boot::BootFile;
 use crate::config::{MemorySize, RateLimits, Transport};
 use crate::observe::Timeline;
+use crate::platform::chips::Clock;
 use crate::platform::layout;
 use crate::platform::serial::SerialOutput;
 
@@ -44,9 +45,11 @@ fn parts(guest: &[u8], cpus: u8) -> Parts {
     let mut file = tempfile::tempfile().unwrap();
     file.write_all(&crate::boot::tests::elf(guest, Some(0x100_0000))).unwrap();
     Parts {
-        kernel: BootFile { file, path: "guest".into() },
-        initrd: None,
-        cmdline: String::new(),
+        origin: Origin::Kernel {
+            kernel: BootFile { file, path: "guest".into() },
+            initrd: None,
+            cmdline: String::new(),
+        },
         cpus,
         threads_per_core: 1,
         cpu_changes: Default::default(),
@@ -71,7 +74,7 @@ fn build(parts: Parts) -> Option<Machine> {
 }
 
 fn count(machine: &Machine) -> u32 {
-    machine._ram.load(COUNTER, Ordering::Relaxed).unwrap()
+    machine.ram.load(COUNTER, Ordering::Relaxed).unwrap()
 }
 
 #[track_caller]
@@ -394,4 +397,115 @@ fn a_disk_gets_another_file_or_its_own_again() {
             assert!(matches!(leaving, Err(MachineError::Plug(PlugError::Leaving(_)))));
         }
     }
+}
+
+/// Saves a paused machine.
+fn save(machine: &mut Machine) -> (crate::config::SavedVm, MachineStateV1, std::fs::File) {
+    let file = tempfile::tempfile().unwrap();
+    let saved = machine.at_rest(|rest| {
+        rest.write_memory(&file)?;
+        Ok::<_, SaveError>((rest.config(), rest.state()?))
+    });
+    let (config, state) = saved.unwrap();
+    (config, state, file)
+}
+
+fn restore(
+    config: &crate::config::SavedVm,
+    state: MachineStateV1,
+    memory: &std::fs::File,
+) -> Result<Machine, MachineError> {
+    let origin = Origin::Saved { state: Box::new(state), memory: memory.try_clone().unwrap(), clock: Clock::Continue };
+    let parts = Parts::of_saved(config, origin, SerialSetup(SerialOutput::Null), "vcpu", &OpenDirectly)?;
+    Machine::build(parts, &OpenDirectly, &Arc::new(Timeline::from(Instant::now())))
+}
+
+#[test]
+fn a_guest_goes_on_where_it_was_saved_and_more_than_once() {
+    for (guest, cpus) in [(guests::COUNTING, 1), (guests::COUNTING_EXITS, 1), (guests::COUNTING_EXITS, 3)] {
+        let Some(mut machine) = build(parts(guest, cpus)) else { return };
+        machine.start().unwrap();
+        wait_until_it_counts(&machine);
+        assert!(matches!(machine.at_rest(|_| Ok::<_, SaveError>(())), Err(SaveError::NotPaused("running"))));
+        machine.pause().unwrap();
+        let (config, state, memory) = save(&mut machine);
+        let saved = count(&machine);
+        // It has gone through a file meanwhile.
+        let text = serde_json::to_string(&state).unwrap();
+        let state: MachineStateV1 = serde_json::from_str(&text).unwrap();
+        machine.resume().unwrap();
+        wait_until_it_counts(&machine);
+        drop(machine);
+
+        for _ in 0..2 {
+            let mut machine = restore(&config, state.clone(), &memory).unwrap();
+            assert!(matches!(machine.state(), State::Paused { stopping: false }));
+            assert_eq!(count(&machine), saved);
+            // What has not run yet is what it was.
+            let (again, _, _) = save(&mut machine);
+            assert_eq!(again, config);
+            machine.resume().unwrap();
+            wait_until_it_counts(&machine);
+            machine.pause().unwrap();
+            let (config, state, memory) = save(&mut machine);
+            let later = count(&machine);
+            assert!(later > saved);
+            let machine = restore(&config, state, &memory).unwrap();
+            assert_eq!(count(&machine), later, "of a machine that was restored");
+        }
+    }
+}
+
+#[test]
+fn a_saved_state_that_does_not_fit_is_refused() {
+    let Some(mut machine) = build(parts(guests::COUNTING, 2)) else { return };
+    machine.start().unwrap();
+    machine.pause().unwrap();
+    let (config, state, memory) = save(&mut machine);
+    let refused = |config: &crate::config::SavedVm, state: &MachineStateV1| {
+        let error = restore(config, state.clone(), &memory).err().expect("it is refused");
+        let causes = std::iter::successors(Some(&error as &dyn std::error::Error), |error| error.source());
+        causes.map(ToString::to_string).collect::<Vec<_>>().join(": ")
+    };
+    let mut more = config.clone();
+    more.cpus = 3;
+    assert!(refused(&more, &state).contains("it has 2 vCPUs, not 3"));
+    more = config.clone();
+    more.memory = MemorySize(32 << 20);
+    assert!(refused(&more, &state).contains("67108864 bytes where the VM has 33554432"));
+    more = config.clone();
+    more.transport = Transport::Mmio { pci: false };
+    assert!(refused(&more, &state).contains("the saved devices have a PCI bus, and the VM has no PCI bus"));
+    more = config.clone();
+    more.entropy = Some(Default::default());
+    assert!(refused(&more, &state).contains("no saved state of it"));
+    let mut other = state.clone();
+    other.pci_window_64 = Some((1 << 51, 1 << 52));
+    assert!(refused(&config, &other).contains("PCI window"));
+    other = state.clone();
+    other.vcpus[0].0.cpuid.iter_mut().filter(|entry| entry.0.function == 0).for_each(|entry| entry.0.ebx ^= 1);
+    assert!(refused(&config, &other).contains("it ran on a CPU of"));
+    other = state.clone();
+    other.vcpus[1].0.msrs.push((0xdead_beef, 1));
+    assert!(refused(&config, &other).contains("refuses MSR 0xdeadbeef with value 0x1"));
+    other = state.clone();
+    other.serial.0.input = vec![0; 1000];
+    assert!(refused(&config, &other).contains("more input than a port holds"));
+    other = state.clone();
+    other.vcpus[0].0.xsave.0 = vec![0xff; 1 << 20];
+    assert!(refused(&config, &other).contains("bytes of FPU state"));
+}
+
+/// What is saved of a machine, for tests of what becomes of it.
+pub fn saved_for_tests() -> Option<(crate::config::SavedVm, MachineStateV1)> {
+    static SAVED: std::sync::OnceLock<Option<(crate::config::SavedVm, MachineStateV1)>> = std::sync::OnceLock::new();
+    SAVED
+        .get_or_init(|| {
+            let mut machine = build(parts(guests::COUNTING, 1))?;
+            machine.start().unwrap();
+            machine.pause().unwrap();
+            let (config, state, _) = save(&mut machine);
+            Some((config, state))
+        })
+        .clone()
 }

@@ -3,6 +3,7 @@
 mod dirty;
 mod huge;
 mod iobuf;
+pub mod saved;
 mod startup;
 
 use std::num::NonZeroUsize;
@@ -39,6 +40,10 @@ pub enum MemoryError {
     HugePages { needed: u64, free: u64, reserve: u64, source: MmapRegionError },
     #[error("guest memory ranges overlap or leave the address space")]
     Layout,
+    #[error("the file of the saved memory has {len} bytes where the VM has {wanted}")]
+    FileSize { wanted: u64, len: u64 },
+    #[error("cannot use the file of the saved memory")]
+    File(#[source] std::io::Error),
 }
 
 /// Maps anonymous private memory for each `(guest address, bytes)` range.

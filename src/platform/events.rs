@@ -32,6 +32,7 @@ const PCI_EJECT: u64 = 12;
 
 /// What the guest has not read yet.
 #[derive(Debug, Clone, Copy, PartialEq, Eq, Default, Serialize, Deserialize)]
+#[serde(deny_unknown_fields)]
 pub struct EventDeviceStateV1 {
     pub events: u32,
     pub pci_up: u32,

@@ -2,6 +2,7 @@
 
 pub mod acpi;
 pub mod bus;
+pub mod chips;
 pub mod events;
 pub mod interrupts;
 pub mod layout;

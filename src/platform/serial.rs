@@ -6,8 +6,9 @@ use std::os::fd::{AsFd, BorrowedFd};
 use std::os::unix::net::UnixStream;
 use std::sync::{Arc, Mutex, PoisonError, TryLockError};
 
+use serde::{Deserialize, Serialize};
 use vm_superio::serial::SerialEvents;
-use vm_superio::{Serial, Trigger};
+use vm_superio::{Serial, SerialState, Trigger};
 use vmm_sys_util::eventfd::EventFd;
 
 use super::bus::BusDevice;
@@ -82,6 +83,39 @@ pub enum Enqueued {
     Busy,
 }
 
+/// The port's registers, and what the guest has not read yet.
+#[derive(Debug, Clone, PartialEq, Eq, Serialize, Deserialize)]
+#[serde(deny_unknown_fields)]
+pub struct SerialStateV1 {
+    pub baud_divisor: u16,
+    pub interrupt_enable: u8,
+    pub interrupt_identification: u8,
+    pub line_control: u8,
+    pub line_status: u8,
+    pub modem_control: u8,
+    pub modem_status: u8,
+    pub scratch: u8,
+    pub input: Vec<u8>,
+}
+
+impl SerialStateV1 {
+    fn registers(&self) -> SerialState {
+        let [baud_divisor_low, baud_divisor_high] = self.baud_divisor.to_le_bytes();
+        SerialState {
+            baud_divisor_low,
+            baud_divisor_high,
+            interrupt_enable: self.interrupt_enable,
+            interrupt_identification: self.interrupt_identification,
+            line_control: self.line_control,
+            line_status: self.line_status,
+            modem_control: self.modem_control,
+            modem_status: self.modem_status,
+            scratch: self.scratch,
+            in_buffer: self.input.clone(),
+        }
+    }
+}
+
 /// The port, shared by the vCPUs (through [`SerialDevice`]) and whoever feeds its input.
 pub struct SerialPort {
     uart: Mutex<Serial<Line, Room, Output>>,
@@ -92,12 +126,38 @@ impl SerialPort {
     /// `interrupt` raises the port's GSI.
     ///
     /// # Errors
-    /// When the host is out of descriptors.
-    pub fn new(interrupt: EventFd, to: SerialOutput, timeline: Arc<Timeline>) -> io::Result<Self> {
+    /// When the host is out of descriptors; of a saved state also when it says what no port can be.
+    pub fn new(
+        interrupt: EventFd,
+        to: SerialOutput,
+        timeline: Arc<Timeline>,
+        saved: Option<&SerialStateV1>,
+    ) -> io::Result<Self> {
         let room = EventFd::new(libc::EFD_NONBLOCK | libc::EFD_CLOEXEC)?;
-        let events = Room(room.try_clone()?);
-        let uart = Serial::with_events(Line(interrupt), events, Output { to, timeline });
+        let (line, events, output) = (Line(interrupt), Room(room.try_clone()?), Output { to, timeline });
+        let uart = match saved {
+            None => Serial::with_events(line, events, output),
+            Some(state) => Serial::from_state(&state.registers(), line, events, output)
+                .map_err(|_| io::Error::new(io::ErrorKind::InvalidData, "more input than a port holds"))?,
+        };
         Ok(Self { uart: Mutex::new(uart), room })
+    }
+
+    /// What it is; no vCPU may be at it.
+    #[must_use]
+    pub fn save(&self) -> SerialStateV1 {
+        let state = self.uart.lock().unwrap_or_else(PoisonError::into_inner).state();
+        SerialStateV1 {
+            baud_divisor: u16::from_le_bytes([state.baud_divisor_low, state.baud_divisor_high]),
+            interrupt_enable: state.interrupt_enable,
+            interrupt_identification: state.interrupt_identification,
+            line_control: state.line_control,
+            line_status: state.line_status,
+            modem_control: state.modem_control,
+            modem_status: state.modem_status,
+            scratch: state.scratch,
+            input: state.in_buffer,
+        }
     }
 
     /// Offers input to the guest.

@@ -101,7 +101,6 @@ fn what_is_not_there_yet_says_so() {
         ("/mmds", "{}"),
         ("/pmem/p", r#"{"id":"p","path_on_host":"p"}"#),
         ("/hotplug/memory", r#"{"total_size_mib":1024}"#),
-        ("/snapshot/load", r#"{"snapshot_path":"s","mem_file_path":"m"}"#),
     ] {
         vm.expect_fault("PUT", path, body, "not supported by this version");
     }

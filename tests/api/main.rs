@@ -11,4 +11,5 @@ mod lifecycle;
 mod personality;
 mod rules;
 mod schemathesis;
+mod snapshots;
 mod vm;

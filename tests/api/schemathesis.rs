@@ -80,7 +80,7 @@ fn every_answer_of_a_running_vm_is_documented() {
     let vm = vm();
     vm.boot_hello("end=halt");
     // This would end it.
-    every_answer_is_documented(&vm, &["/v2/vm/power"]);
+    every_answer_is_documented(&vm, &["/v2/vm/power", "/v2/vm/snapshot"]);
     assert!(["Running", "Paused"].contains(&vm.get("/")["state"].as_str().unwrap()));
     vm.kill().expect_code(5);
 }

@@ -138,13 +138,11 @@ fn put(words: Words<'_>, body: &[u8]) -> Found {
         [Some("mmds"), None, ..] => parse::<serde_json::Value>(body).map(|_| missing("MMDS", When::Always)()),
         [Some("mmds"), Some("config"), None, _] => parse::<fc::MmdsConfig>(body)
             .map(|config| Routed { call: Call::Missing("MMDS", When::Before), deprecated: config.is_deprecated() }),
-        [Some("snapshot"), Some("create"), None, _] => {
-            parse::<fc::SnapshotCreate>(body).map(|_| missing("Snapshots", When::After)())
-        }
+        [Some("snapshot"), Some("create"), None, _] => read(body, |create| Ok(Call::CreateFiles(create))),
         [Some("snapshot"), Some("load"), None, _] => parse(body).and_then(|load: fc::SnapshotLoad| {
             load.check()?;
-            let call = Call::Missing("Snapshots", When::Before);
-            Ok(Routed { call, deprecated: load.mem_file_path.is_some() })
+            let deprecated = load.mem_file_path.is_some();
+            Ok(Routed { call: Call::LoadFiles(Box::new(load)), deprecated })
         }),
         _ => return None,
     })

@@ -1,5 +1,6 @@
 //! Our own API, below `/v2`: honest statuses, and errors as RFC 9457 has them.
 
+use serde::de::DeserializeOwned;
 use serde::{Deserialize, Serialize};
 
 use super::http::{Method, Request, Response};
@@ -66,9 +67,11 @@ enum Route {
 }
 
 /// The paths there are, and what each takes.
-const PATHS: [(&str, &str); 5] = [
+const PATHS: [(&str, &str); 7] = [
     ("/v2/vm", "GET"),
     ("/v2/vm/power", "PUT"),
+    ("/v2/vm/restore", "PUT"),
+    ("/v2/vm/snapshot", "PUT"),
     ("/v2/events", "GET"),
     ("/v2/metrics", "GET"),
     ("/v2/openapi.json", "GET"),
@@ -91,12 +94,15 @@ fn route(request: &Request) -> Result<Route, Response> {
         "/v2/events" => Route::Events,
         "/v2/metrics" => Route::Call(Call::GetMetrics),
         "/v2/openapi.json" => Route::OpenApi,
-        _ => {
-            let request: PowerRequest = serde_json::from_slice(&request.body)
-                .map_err(|error| problem(400, &format!("The body cannot be read: {error}.")))?;
-            Route::Call(Call::Power(request.power))
-        }
+        "/v2/vm/restore" => Route::Call(Call::Restore(parse(request)?)),
+        "/v2/vm/snapshot" => Route::Call(Call::Snapshot(parse(request)?)),
+        _ => Route::Call(Call::Power(parse::<PowerRequest>(request)?.power)),
     })
+}
+
+fn parse<T: DeserializeOwned>(request: &Request) -> Result<T, Response> {
+    let parsed = serde_json::from_slice(&request.body);
+    parsed.map_err(|error| problem(400, &format!("The body cannot be read: {error}.")))
 }
 
 /// Answers a request, or hands it on to the owner.

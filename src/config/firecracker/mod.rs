@@ -9,6 +9,7 @@ mod drives;
 mod machine;
 mod network;
 mod observation;
+mod snapshot;
 mod to_come;
 
 use serde::{Deserialize, Serialize};
@@ -21,9 +22,12 @@ pub use self::drives::{CacheType, Drive, DriveEngine, DrivePatch};
 pub use self::machine::{BootSource, HugePages, MachineConfig, MachineConfigPatch};
 pub use self::network::{NetworkInterface, NetworkPatch};
 pub use self::observation::{Level, Logger, Metrics, Serial};
+pub use self::snapshot::{
+    MemoryBackend, MemoryBackendType, NetworkOverride, SnapshotCreate, SnapshotLoad, SnapshotType, VsockOverride,
+};
 pub use self::to_come::{
     Balloon, BalloonPatch, BalloonStatisticsPatch, HintingStart, HotplugMemory, HotplugMemoryPatch, MmdsConfig, Pmem,
-    PmemPatch, SnapshotCreate, SnapshotLoad, Vsock,
+    PmemPatch, Vsock,
 };
 
 /// A value that cannot be right.

@@ -8,6 +8,7 @@ use thiserror::Error;
 
 use super::state::{DeviceStateV1, DevicesStateV1, PciBusStateV1, PlaceStateV1};
 use super::{Device, DeviceId, Devices, Presence, Seat};
+use crate::config::{EntropyConfig, SavedDisk, SavedNic};
 use crate::platform::pci::PciRoot;
 use crate::virtio::StillBusy;
 
@@ -34,7 +35,9 @@ impl Devices {
     /// # Errors
     /// When something takes longer, a device is being taken apart, or a disk cannot be flushed. All goes on then.
     pub fn suspend(&mut self, deadline: Instant) -> Result<(), DeviceBusy> {
-        self.try_suspend(deadline).inspect_err(|_| self.resume())
+        self.try_suspend(deadline).inspect_err(|_| self.resume())?;
+        self.at_rest = true;
+        Ok(())
     }
 
     fn try_suspend(&mut self, deadline: Instant) -> Result<(), DeviceBusy> {
@@ -77,6 +80,7 @@ impl Devices {
     /// Has all devices go on after [`Self::suspend`], or for the first time after [`Self::restore`]: then the interrupt
     /// controllers have to be restored before, as drivers are told at once what they may have missed.
     pub fn resume(&mut self) {
+        self.at_rest = false;
         for device in &self.all {
             match &device.place.seat {
                 Seat::Pci(slot) => {
@@ -85,6 +89,33 @@ impl Devices {
                 Seat::Mmio(_, device) => device.lock().unwrap_or_else(PoisonError::into_inner).resume(),
             }
         }
+    }
+
+    /// Is all suspended, since a [`Self::suspend`] or because it was restored?
+    #[must_use]
+    pub fn is_at_rest(&self) -> bool {
+        self.at_rest
+    }
+
+    /// What they are made of: disks, network cards, the entropy device.
+    #[must_use]
+    pub fn describe(&self) -> (Vec<SavedDisk>, Vec<SavedNic>, Option<EntropyConfig>) {
+        let mut disks = Vec::new();
+        let mut nics = Vec::new();
+        for device in &self.all {
+            match (&device.id, &device.drive) {
+                (DeviceId::Disk(name), Some(drive)) => {
+                    disks.push(SavedDisk { name: name.clone(), config: drive.config.clone() });
+                }
+                (DeviceId::Nic(name), _) => {
+                    let network = self.networks.iter().find(|network| network.0 == device.id);
+                    nics.extend(network.map(|(_, config)| SavedNic { name: name.clone(), config: config.clone() }));
+                }
+                _ => {}
+            }
+        }
+        let entropy = self.entropy.as_ref().map(|limiter| EntropyConfig { limits: limiter.limits() });
+        (disks, nics, entropy)
     }
 
     /// What there is while all is suspended.

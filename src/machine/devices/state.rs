@@ -6,7 +6,7 @@ use serde::{Deserialize, Serialize};
 use thiserror::Error;
 
 use super::{Device, DeviceId, Devices, Made, Opened, Place, Presence, Seat, has_pci};
-use crate::config::{MAX_DEVICES, Transport};
+use crate::config::{MAX_DEVICES, MacAddress, Transport};
 use crate::devices::net;
 use crate::machine::MachineError;
 use crate::machine::board::Board;
@@ -144,6 +144,7 @@ impl Devices {
             PciRoot::restore(&pci.root, state.root);
             pci.last_slot = state.last_slot.into();
         }
+        devices.at_rest = true;
         Ok(devices)
     }
 
@@ -201,6 +202,13 @@ impl Devices {
 }
 
 impl DeviceStateV1 {
+    /// The name of a network card, and its address.
+    pub fn mac(&self) -> Option<(&str, MacAddress)> {
+        let DeviceId::Nic(name) = &self.id else { return None };
+        let shape = net::saved_shape(self.place.own()).ok()?;
+        Some((name, MacAddress(shape.mac)))
+    }
+
     fn wrong(&self, source: StateError) -> MachineError {
         RestoreError::Device { id: self.id.clone(), source }.into()
     }

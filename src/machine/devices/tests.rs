@@ -1,5 +1,6 @@
 //! Devices on the buses of a VM that has no vCPU. Where there is no KVM these tests say so, and pass.
 
+use std::sync::atomic::{AtomicBool, Ordering};
 use std::time::{Duration, Instant};
 
 use proptest::prelude::*;
@@ -223,12 +224,13 @@ fn a_device_that_is_to_leave_still_is() {
     devices.suspend(soon()).unwrap();
 }
 
-/// Each request waits for the gate.
-struct Gate(Arc<Mutex<()>>);
+/// Each request waits for the gate; is there one?
+struct Gate(Arc<Mutex<()>>, Arc<AtomicBool>);
 
 impl Engine for Gate {
     fn serve(&mut self, queue: &mut Virtqueue, chain: &mut Chain, turn: &mut Turn<'_>) -> Result<Served, RingError> {
         serve_each(queue, chain, turn, |_, _| {
+            self.1.store(true, Ordering::Release);
             drop(self.0.lock().unwrap());
             Ok(0)
         })
@@ -240,13 +242,18 @@ fn a_request_that_hangs_keeps_all_awake() {
     let ram = ram();
     let Some(pc) = Pc::new(&ram) else { return };
     let mut devices = pc.attach(opened(&[]), Transport::Pci);
-    let gate = Arc::<Mutex<()>>::default();
-    let worker = Worker::spawn("hanging", Box::new(Gate(gate.clone())), &[(0, 64)]).unwrap();
+    let (gate, waits) = (Arc::<Mutex<()>>::default(), Arc::<AtomicBool>::default());
+    let worker = Worker::spawn("hanging", Box::new(Gate(gate.clone(), waits.clone())), &[(0, 64)]).unwrap();
     let front = Front::new(DeviceKind::Rng, "hanging".into(), feature::RING, NoConfig, vec![Box::new(worker)]);
     devices.put_behind_pci(Made { front, id: DeviceId::Disk("slow".into()), drive: None }).unwrap();
     let hung = gate.lock().unwrap();
     pc.request(0);
     pc.set_up(&devices.all[1]);
+    let begun = Instant::now();
+    while !waits.load(Ordering::Acquire) {
+        assert!(begun.elapsed() < Duration::from_secs(60));
+        std::thread::yield_now();
+    }
     for _ in 0..3 {
         let error = devices.suspend(Instant::now() + Duration::from_millis(5)).unwrap_err();
         assert_eq!(error.to_string(), "disk 'slow' is still busy with a request of the guest");

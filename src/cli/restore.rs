@@ -1,0 +1,123 @@
+//! `tranche restore`: a VM goes on where it was saved.
+
+use std::path::PathBuf;
+use std::process::ExitCode;
+use std::str::FromStr;
+use std::sync::Arc;
+use std::time::Instant;
+
+use clap::{Args, ValueEnum};
+
+use super::api_socket::ApiSocket;
+use super::console::Console;
+use super::exit::{self, Exit};
+use super::run::{LogLevel, tell};
+use super::serve::{OnSignal, Served, serve};
+use super::signals::Signals;
+use super::start_error::StartError;
+use crate::backend::{HostFiles, OpenDirectly};
+use crate::config::{Override, SerialConfig, Transport};
+use crate::control::{Identity, Owner};
+use crate::machine::{End, MachineError};
+use crate::memory::release_startup_code;
+use crate::observe::{Timeline, init_log};
+use crate::platform::chips::Clock;
+use crate::snapshot::Folder;
+
+/// Let a VM go on where it was saved (see docs/snapshots.md)
+///
+/// The snapshot stays as it is, and can be restored again, also at the same time. Memory is read as the guest
+/// looks at it.
+#[derive(Debug, Args)]
+#[command(after_help = exit::HELP)]
+pub struct RestoreArgs {
+    /// The snapshot's directory
+    dir: PathBuf,
+
+    /// Another file or network than the saved one; may be repeated
+    #[arg(long = "override", value_name = "disk.NAME=PATH|net.NAME=TAP", value_parser = Override::from_str)]
+    overrides: Vec<Override>,
+
+    /// Where the API listens; a socket that nobody listens on any more is replaced
+    #[arg(long, value_name = "PATH")]
+    api_sock: Option<PathBuf>,
+
+    /// Leave it paused, to go on when it is resumed
+    #[arg(long, requires = "api_sock")]
+    paused: bool,
+
+    /// What the guest's clock does about the time since it was saved: it goes on from then, or is the host's
+    #[arg(long, value_name = "WHAT", default_value = "continue")]
+    clock: ClockArg,
+
+    /// Where the serial console goes
+    #[arg(long, value_name = "stdio|null|file=PATH|socket=PATH", default_value = "stdio")]
+    serial: SerialConfig,
+
+    /// The VM's id for Firecracker's clients: 1 to 64 letters, digits and '-'
+    #[arg(long, value_name = "ID", default_value = "anonymous-instance", value_parser = super::vmm::instance_id)]
+    id: String,
+
+    /// What to log on standard error
+    #[arg(long, value_name = "LEVEL", default_value = "warn")]
+    log_level: LogLevel,
+
+    /// Print when each step of the start was reached, at the end
+    #[arg(long)]
+    boot_timeline: bool,
+}
+
+#[derive(Debug, Clone, Copy, ValueEnum)]
+enum ClockArg {
+    Continue,
+    Advance,
+}
+
+pub fn run(args: RestoreArgs, start: Instant) -> ExitCode {
+    init_log(args.log_level.into());
+    let timeline = Arc::new(Timeline::from(start));
+    let exit = match run_to_end(&args, &timeline) {
+        Ok(end) => {
+            tell(&end);
+            Exit::from(&end)
+        }
+        Err(error) => error.report(),
+    };
+    if args.boot_timeline {
+        exit::say(&timeline.to_string());
+    }
+    // Without unwinding the machine: the host takes everything back at once, and faster than we could.
+    std::process::exit(exit as i32);
+}
+
+fn run_to_end(args: &RestoreArgs, timeline: &Arc<Timeline>) -> Result<End, StartError> {
+    let resources = |what| move |source: std::io::Error| MachineError::Host { what, source };
+    let host: Arc<dyn HostFiles> = Arc::new(OpenDirectly);
+    let mut snapshot = Folder::open(&args.dir)?.snapshot;
+    for change in &args.overrides {
+        change.apply(&mut snapshot.config).map_err(StartError::Override)?;
+    }
+    let mut signals = Signals::block().map_err(resources("listen to signals"))?;
+    let socket = args.api_sock.as_ref().map(|path| ApiSocket::listen(path, &*host)).transpose()?;
+    let identity = Identity { id: args.id.clone(), ..Identity::tranche(Transport::default()) };
+    let mut owner = Owner::new(identity, host.clone(), args.serial.clone(), timeline.clone());
+    let clock = match args.clock {
+        ClockArg::Continue => Clock::Continue,
+        ClockArg::Advance => Clock::Advance,
+    };
+    owner.restore(snapshot, clock)?;
+    let mut console = Console::open(&args.serial, &*host).map_err(|source| match &args.serial {
+        SerialConfig::Socket(path) => MachineError::Serial { path: path.clone(), source },
+        _ => MachineError::Host { what: "use the terminal", source },
+    })?;
+    if !args.paused {
+        owner.resume()?;
+    }
+    let api = socket.map(ApiSocket::serve).transpose().map_err(resources("serve the API"))?;
+    release_startup_code();
+    let served = serve(owner, &mut console, &mut signals, OnSignal::PowerButton, api);
+    match served.map_err(resources("wait for events"))? {
+        Served::Ended(end) => Ok(end),
+        Served::Signal(_) | Served::LoadFailed => Ok(End::Killed),
+    }
+}

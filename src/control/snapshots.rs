@@ -1,0 +1,281 @@
+//! Saving a VM while it lives, and bringing one to life that was saved.
+//!
+//! The VM stands still while its state and its memory are written, as fast as the host's memory takes them. It goes on
+//! then, and a thread brings the snapshot to stable storage; the client hears of it when that is done.
+
+use std::collections::BTreeMap;
+use std::path::PathBuf;
+use std::sync::mpsc::{self, Receiver, TryRecvError};
+use std::time::{Duration, Instant};
+
+use serde::{Deserialize, Serialize};
+
+use super::owner::Owner;
+use super::{Answer, Answerer, Fault};
+use crate::config::Override;
+use crate::config::firecracker as fc;
+use crate::machine::{Machine, MachineError, Origin, Parts, Pause, SaveError, SerialSetup, State};
+use crate::platform::chips::Clock;
+use crate::snapshot::{Folder, NewFiles, NewFolder, NewSnapshot, Saved, SavedState, Snapshot, SnapshotError};
+
+/// A snapshot that is asked for.
+#[derive(Debug, Clone, PartialEq, Eq, Deserialize)]
+#[cfg_attr(test, derive(utoipa::ToSchema))]
+#[serde(deny_unknown_fields)]
+pub struct SnapshotRequest {
+    /// The directory to make.
+    #[cfg_attr(test, schema(value_type = String))]
+    pub path: PathBuf,
+    /// Ends the VM when the snapshot is on stable storage: it has not run since.
+    #[serde(default)]
+    pub stop: bool,
+}
+
+/// A snapshot that is to go on.
+#[derive(Debug, Clone, PartialEq, Eq, Deserialize)]
+#[cfg_attr(test, derive(utoipa::ToSchema))]
+#[serde(deny_unknown_fields)]
+pub struct RestoreRequest {
+    /// The snapshot's directory.
+    #[cfg_attr(test, schema(value_type = String))]
+    pub path: PathBuf,
+    /// Other files and networks than the saved ones: `disk.NAME` and a path, or `net.NAME` and a tap.
+    #[serde(default)]
+    pub overrides: BTreeMap<String, String>,
+    #[serde(default)]
+    pub clock: Clock,
+    /// Does it go on at once, or stay paused?
+    #[serde(default = "yes")]
+    pub resume: bool,
+}
+
+fn yes() -> bool {
+    true
+}
+
+/// How long a snapshot took, in microseconds.
+#[derive(Debug, Clone, Copy, PartialEq, Eq, Serialize)]
+#[cfg_attr(test, derive(utoipa::ToSchema))]
+pub struct SnapshotTimes {
+    /// For so long the VM stood still; nothing if it was paused before, or is not to go on.
+    pub pause_us: u64,
+    /// After so long it was on stable storage.
+    pub durable_us: u64,
+}
+
+/// A snapshot on its way to stable storage.
+pub(super) struct Saving {
+    result: Receiver<Result<(), SnapshotError>>,
+    begun: Instant,
+    pause: Duration,
+    /// What becomes of the VM if it is there.
+    stop: bool,
+    /// What becomes of it if not.
+    resume: bool,
+    answerer: Answerer,
+}
+
+/// What has been written; for how long the VM stood still; and whether it is to go on if the rest fails.
+type Begun = (NewSnapshot, Saved, Duration, bool);
+
+impl Owner {
+    pub(super) fn snapshot(&mut self, request: &SnapshotRequest, answerer: Answerer) {
+        let begun = Instant::now();
+        let new = || NewFolder::begin(&request.path).map(NewSnapshot::Folder);
+        let begin = self.begin_snapshot(new, request.stop, begun);
+        self.go_on_saving(begin, begun, request.stop, answerer);
+    }
+
+    /// The same in two files, of a VM that is paused and stays so.
+    pub(super) fn snapshot_to_files(&mut self, request: &fc::SnapshotCreate, answerer: Answerer) {
+        let begun = Instant::now();
+        if request.snapshot_type == fc::SnapshotType::Diff {
+            return answerer(Err(Fault::Missing("A snapshot of type Diff")));
+        }
+        let paused = self.machine.as_ref().is_some_and(|machine| matches!(machine.state(), State::Paused { .. }));
+        if !paused {
+            let text = "A snapshot is made of a paused microVM: PATCH /vm first.";
+            return answerer(Err(Fault::Conflict(text.into())));
+        }
+        let new = || NewFiles::begin(&request.snapshot_path, &request.mem_file_path).map(NewSnapshot::Files);
+        let begin = self.begin_snapshot(new, false, begun);
+        let done = Box::new(|answer: Result<_, _>| answerer(answer.map(|_| Answer::Done)));
+        self.go_on_saving(begin, begun, false, done);
+    }
+
+    /// Has a thread bring to stable storage what has been written.
+    fn go_on_saving(&mut self, begin: Result<Begun, Fault>, begun: Instant, stop: bool, answerer: Answerer) {
+        match begin {
+            Ok((new, saved, pause, resume)) => {
+                let waker = self.machine.as_ref().map(Machine::waker);
+                let (sender, result) = mpsc::sync_channel(1);
+                let write = move || {
+                    // Nobody waits for it only when the process ends.
+                    let _ = sender.send(new.finish(&saved));
+                    if let Some(wake) = waker {
+                        wake();
+                    }
+                };
+                match std::thread::Builder::new().name("snapshot".into()).spawn(write) {
+                    Ok(_) => {
+                        self.saving = Some(Saving { result, begun, pause, stop, resume, answerer });
+                    }
+                    Err(source) => {
+                        self.go_on(resume);
+                        answerer(Err(MachineError::Host { what: "write a snapshot", source }.into()));
+                    }
+                }
+            }
+            Err(fault) => answerer(Err(fault)),
+        }
+        self.tell_state();
+    }
+
+    /// Writes what has to be written while the VM stands still. Returns for how long it did, and whether it is to go on if
+    /// the rest fails.
+    fn begin_snapshot(
+        &mut self,
+        new: impl FnOnce() -> Result<NewSnapshot, SnapshotError>,
+        stop: bool,
+        begun: Instant,
+    ) -> Result<Begun, Fault> {
+        if self.saving.is_some() {
+            return Err(Fault::Conflict("Another snapshot of this VM is being written.".into()));
+        }
+        let description = self.plan.description.clone();
+        let machine = self.machine.as_mut().ok_or(Fault::BeforeStart)?;
+        let was_paused = match machine.state() {
+            State::Ended(_) => return Err(Fault::Ended),
+            State::Paused { .. } | State::Pausing { .. } => true,
+            _ => false,
+        };
+        let new = new()?;
+        if machine.pause()? == Pause::Pausing {
+            self.go_on(!was_paused);
+            return Err(Fault::Conflict("A vCPU is held up in a device of the host: try again later.".into()));
+        }
+        // What the guest has just done to its devices counts.
+        self.handle_events();
+        let machine = self.machine.as_mut().ok_or(Fault::BeforeStart)?;
+        let saved = machine.at_rest(|rest| {
+            rest.write_memory(new.memory())?;
+            let state = SavedState { machine: rest.state()?, description };
+            Ok::<_, SaveError>(Saved { config: rest.config(), state })
+        });
+        if saved.is_err() || !stop {
+            self.go_on(!was_paused);
+        }
+        let pause = if was_paused || stop { Duration::ZERO } else { begun.elapsed() };
+        Ok((new, saved?, pause, !was_paused && stop))
+    }
+
+    fn go_on(&mut self, resume: bool) {
+        if let Some(machine) = self.machine.as_mut().filter(|_| resume) {
+            // It may have ended meanwhile.
+            let _ = machine.resume();
+        }
+    }
+
+    /// Tells who waits for a snapshot that it is done, or has failed. With `wait`, not before it is.
+    pub(super) fn settle_snapshot(&mut self, wait: bool) {
+        let Some(saving) = &self.saving else { return };
+        let lost = || {
+            let source = std::io::Error::other("its thread has ended early");
+            Err(SnapshotError::Write { path: PathBuf::new(), source })
+        };
+        let result = match wait {
+            true => saving.result.recv().unwrap_or_else(|_| lost()),
+            false => match saving.result.try_recv() {
+                Ok(result) => result,
+                Err(TryRecvError::Empty) => return,
+                Err(TryRecvError::Disconnected) => lost(),
+            },
+        };
+        let Some(Saving { begun, pause, stop, resume, answerer, .. }) = self.saving.take() else { return };
+        let micros = |time: Duration| time.as_micros().try_into().unwrap_or(u64::MAX);
+        match result {
+            Ok(()) => {
+                if stop {
+                    self.kill();
+                }
+                let times = SnapshotTimes { pause_us: micros(pause), durable_us: micros(begun.elapsed()) };
+                answerer(Ok(super::views::json(&times)));
+            }
+            Err(error) => {
+                self.go_on(resume);
+                answerer(Err(error.into()));
+            }
+        }
+    }
+
+    /// Brings a VM to life that was saved. It is paused then, as it was when it was saved.
+    ///
+    /// # Errors
+    /// What is missing, or does not go together; it can be tried again then.
+    pub fn restore(&mut self, snapshot: Snapshot, clock: Clock) -> Result<(), Fault> {
+        let Snapshot { config, state, memory, .. } = snapshot;
+        let console = SerialSetup::open(&self.console, &*self.host)?;
+        let origin = Origin::Saved { state: Box::new(state.machine), memory, clock };
+        let parts = Parts::of_saved(&config, origin, console, self.identity.vcpu_thread, &*self.host)?;
+        self.machine = Some(Machine::build(parts, &*self.host, &self.timeline)?);
+        self.identity.transport = config.transport;
+        self.plan.describe_saved(&state.description, &config);
+        Ok(())
+    }
+
+    /// Brings a VM to life from two files, as Firecracker's clients ask for it.
+    pub(super) fn load_files(&mut self, load: &fc::SnapshotLoad) -> Result<(), Fault> {
+        load.check()?;
+        if !self.plan.is_untouched() {
+            let text = "Loading a microVM snapshot not allowed after configuring boot-specific resources.";
+            return Err(Fault::Conflict(text.into()));
+        }
+        self.load_untouched(load).inspect_err(|_| self.load_failed = self.identity.ends_with_failed_load)
+    }
+
+    fn load_untouched(&mut self, load: &fc::SnapshotLoad) -> Result<(), Fault> {
+        let memory = match (&load.mem_backend, &load.mem_file_path) {
+            (Some(backend), _) if backend.backend_type == fc::MemoryBackendType::Uffd => {
+                return Err(Fault::Missing("A memory back end of type Uffd"));
+            }
+            (Some(backend), _) => &backend.backend_path,
+            (None, Some(path)) => path,
+            (None, None) => return Err(Fault::Missing("Memory without a back end")),
+        };
+        if load.vsock_override.is_some() {
+            return Err(Fault::Missing("The vsock device"));
+        }
+        let mut snapshot = Snapshot::open_files(&load.snapshot_path, memory)?;
+        for change in &load.network_overrides {
+            let tap = Override::Net(change.iface_id.clone(), change.host_dev_name.clone());
+            tap.apply(&mut snapshot.config).map_err(|error| Fault::Conflict(error.to_string()))?;
+        }
+        let clock = if load.clock_realtime { Clock::Advance } else { Clock::Continue };
+        self.restore(snapshot, clock)?;
+        if load.resume_vm { self.resume() } else { Ok(()) }
+    }
+
+    /// From a directory.
+    pub(super) fn restore_folder(&mut self, request: &RestoreRequest) -> Result<(), Fault> {
+        if !self.plan.is_untouched() {
+            return Err(Fault::Conflict("A VM has been described already: restore into one that has not.".into()));
+        }
+        let mut snapshot = Folder::open(&request.path)?.snapshot;
+        for (place, value) in &request.overrides {
+            let change: Override = format!("{place}={value}").parse().map_err(Fault::Override)?;
+            change.apply(&mut snapshot.config).map_err(Fault::Override)?;
+        }
+        self.restore(snapshot, request.clock)?;
+        if request.resume { self.resume() } else { Ok(()) }
+    }
+
+    /// Lets a restored VM go on.
+    ///
+    /// # Errors
+    /// When there is none.
+    pub fn resume(&mut self) -> Result<(), Fault> {
+        self.machine.as_mut().ok_or(Fault::BeforeStart)?.resume()?;
+        self.tell_state();
+        Ok(())
+    }
+}

@@ -1,0 +1,117 @@
+//! A machine at rest, to be saved.
+
+use std::fs::File;
+use std::io;
+use std::time::{Duration, Instant};
+
+use thiserror::Error;
+
+use super::devices::DeviceBusy;
+use super::saved::{MachineStateV1, Versioned};
+use super::{KvmError, Machine, MachineError, State};
+use crate::config::{MemorySize, SavedVm};
+use crate::cpu::StateShape;
+use crate::memory;
+use crate::platform::chips::ChipsStateV1;
+
+/// How long requests in hand may take that have to end before a machine is at rest.
+const DRAIN_PATIENCE: Duration = Duration::from_secs(5);
+
+/// Why a machine cannot be brought to rest, or be saved.
+#[derive(Debug, Error)]
+pub enum SaveError {
+    #[error("a VM is saved while it is paused, and it is {0}")]
+    NotPaused(&'static str),
+    #[error(transparent)]
+    Busy(#[from] DeviceBusy),
+    #[error(transparent)]
+    State(#[from] MachineError),
+    #[error("cannot write the guest's memory")]
+    Memory(#[source] io::Error),
+}
+
+impl From<KvmError> for SaveError {
+    fn from(error: KvmError) -> Self {
+        Self::State(error.into())
+    }
+}
+
+/// A machine whose vCPUs and devices do nothing, and whose disks are flushed.
+pub struct AtRest<'a>(pub(super) &'a mut Machine);
+
+impl Machine {
+    /// Brings a paused machine to rest, has it saved, and lets its devices go on. The vCPUs stay paused.
+    ///
+    /// # Errors
+    /// When it is not paused, a device does not come to an end with its requests, a disk cannot be flushed; or that of
+    /// `save`. The machine is as it was then.
+    pub fn at_rest<T, E: From<SaveError>>(
+        &mut self,
+        save: impl FnOnce(&mut AtRest<'_>) -> Result<T, E>,
+    ) -> Result<T, E> {
+        if !matches!(self.state, State::Paused { .. }) {
+            return Err(SaveError::NotPaused(self.state.name()).into());
+        }
+        let was_at_rest = self.devices.is_at_rest();
+        self.devices.suspend(Instant::now() + DRAIN_PATIENCE).map_err(SaveError::from)?;
+        let saved = save(&mut AtRest(self));
+        if !was_at_rest {
+            self.devices.resume();
+        }
+        saved
+    }
+}
+
+impl AtRest<'_> {
+    /// What a person may read and change of it.
+    #[must_use]
+    pub fn config(&self) -> SavedVm {
+        let (mut disks, mut nics, entropy) = self.0.devices.describe();
+        self.0.limits.describe(&mut disks, &mut nics);
+        // One that was made up is the card's from now on, also in the network that is told of it.
+        for device in self.0.devices.save().devices {
+            if let Some((name, mac)) = device.mac()
+                && let Some(nic) = nics.iter_mut().find(|nic| nic.name == name)
+            {
+                nic.config.mac = Some(mac);
+            }
+        }
+        SavedVm {
+            cpus: self.0.vcpus.count(),
+            memory: MemorySize(memory::total_bytes(&self.0.ram)),
+            transport: self.0.transport,
+            disks,
+            nics,
+            entropy,
+        }
+    }
+
+    /// All of it but memory and disks.
+    ///
+    /// # Errors
+    /// KVM's.
+    pub fn state(&self) -> Result<MachineStateV1, SaveError> {
+        let machine = &*self.0;
+        let shape = StateShape::new(&machine.kvm, &machine.vm).map_err(MachineError::from)?;
+        let vcpus = machine.vcpus.save(&machine.vm, &shape).map_err(MachineError::from)?;
+        let chips =
+            ChipsStateV1::save(&machine.vm).map_err(KvmError::call("read its interrupt controllers and clock"))?;
+        Ok(MachineStateV1 {
+            stopping: matches!(machine.state, State::Paused { stopping: true }),
+            pci_window_64: machine.window_64,
+            vcpus: vcpus.into_iter().map(Versioned).collect(),
+            chips: Versioned(chips),
+            serial: Versioned(machine.serial.save()),
+            event_device: Versioned(machine.event_device().save()),
+            devices: Versioned(machine.devices.save()),
+        })
+    }
+
+    /// Writes the guest's memory into an empty file.
+    ///
+    /// # Errors
+    /// The host's.
+    pub fn write_memory(&self, file: &File) -> Result<(), SaveError> {
+        memory::saved::save(&self.0.ram, file).map_err(SaveError::Memory)
+    }
+}

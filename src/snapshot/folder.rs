@@ -1,0 +1,296 @@
+//! A snapshot's directory: written whole or not at all, and read with a critical eye.
+
+use std::fs::{self, File, OpenOptions};
+use std::io::{self, Read, Write};
+use std::os::fd::AsFd;
+use std::path::{Path, PathBuf};
+use std::time::SystemTime;
+
+use rustix::fs::{CWD, FlockOperation, RenameFlags};
+
+use super::manifest::{self, CpuNeeds, Manifest, PartEntry};
+use super::memory_digest::{digest, digest_of};
+use super::{Saved, Snapshot, SnapshotError};
+use crate::memory::saved::Data;
+use crate::observe::rfc3339;
+
+const MANIFEST: &str = "manifest.json";
+const CONFIG: &str = "config.json";
+const STATE: &str = "state.json";
+const MEMORY: &str = "memory";
+
+/// Most bytes of a part that is read as a whole.
+const LARGEST_DOCUMENT: u64 = 64 << 20;
+
+/// A directory that is being written. Dropping this leaves nothing behind.
+#[derive(Debug)]
+pub struct NewFolder {
+    path: PathBuf,
+    /// Where it is until it is whole.
+    partial: PathBuf,
+    /// The directory, locked: what is partial and not locked belongs to nobody any more.
+    _lock: File,
+    memory: File,
+    finished: bool,
+}
+
+impl NewFolder {
+    /// Begins a snapshot that is to be `path`, where nothing may be yet.
+    ///
+    /// # Errors
+    /// When there is something, or nothing can be.
+    pub fn begin(path: &Path) -> Result<Self, SnapshotError> {
+        let failed = |source| SnapshotError::Write { path: path.to_owned(), source };
+        if fs::symlink_metadata(path).is_ok() {
+            return Err(SnapshotError::Exists(path.to_owned()));
+        }
+        if path.file_name().is_none() {
+            return Err(failed(io::ErrorKind::InvalidInput.into()));
+        }
+        let partial = beside(path);
+        remove_abandoned(&partial).map_err(failed)?;
+        fs::create_dir(&partial).map_err(failed)?;
+        let prepare = || -> io::Result<(File, File)> {
+            let lock = File::open(&partial)?;
+            rustix::fs::flock(&lock, FlockOperation::NonBlockingLockExclusive)?;
+            let memory = OpenOptions::new().read(true).write(true).create_new(true).open(partial.join(MEMORY))?;
+            Ok((lock, memory))
+        };
+        match prepare() {
+            Ok((lock, memory)) => Ok(Self { path: path.to_owned(), partial, _lock: lock, memory, finished: false }),
+            Err(error) => {
+                let _ = fs::remove_dir_all(&partial);
+                Err(failed(error))
+            }
+        }
+    }
+
+    /// Where guest memory goes.
+    #[must_use]
+    pub fn memory(&self) -> &File {
+        &self.memory
+    }
+
+    /// Brings all of it to stable storage, and to its place. Takes as long as the disk does.
+    ///
+    /// # Errors
+    /// The host's; nothing is left of it then.
+    pub fn finish(mut self, saved: &Saved) -> Result<(), SnapshotError> {
+        let failed = |source| SnapshotError::Write { path: self.path.clone(), source };
+        let parts = self.write_parts(saved).map_err(failed)?;
+        let (vendor, features) = saved.state.machine.cpu_needs();
+        let manifest = Manifest {
+            format: manifest::FORMAT.into(),
+            version: manifest::VERSION,
+            creator: manifest::creator(),
+            created: rfc3339(SystemTime::now()),
+            cpu: CpuNeeds { vendor, features },
+            parts,
+        };
+        self.write_document(MANIFEST, &manifest).map_err(failed)?;
+        self.place().map_err(|source| match source.kind() {
+            io::ErrorKind::AlreadyExists => SnapshotError::Exists(self.path.clone()),
+            _ => SnapshotError::Write { path: self.path.clone(), source },
+        })?;
+        self.finished = true;
+        Ok(())
+    }
+
+    fn write_parts(&self, saved: &Saved) -> io::Result<Vec<PartEntry>> {
+        // The disk works while the checksum is reckoned.
+        let (synced, sha256) = std::thread::scope(|threads| {
+            let sync = threads.spawn(|| self.memory.sync_data());
+            let sha256 = digest(&self.memory);
+            (sync.join().unwrap_or_else(|_| Err(io::Error::other("a panic"))), sha256)
+        });
+        synced?;
+        let memory = PartEntry { name: MEMORY.into(), size: self.memory.metadata()?.len(), sha256: sha256? };
+        let config = self.write_document(CONFIG, &saved.config)?;
+        let state = self.write_document(STATE, &saved.state)?;
+        Ok(vec![config, state, memory])
+    }
+
+    fn write_document(&self, name: &str, document: &impl serde::Serialize) -> io::Result<PartEntry> {
+        let mut text = serde_json::to_vec_pretty(document)?;
+        text.push(b'\n');
+        let mut file = OpenOptions::new().write(true).create_new(true).open(self.partial.join(name))?;
+        file.write_all(&text)?;
+        file.sync_data()?;
+        Ok(PartEntry { name: name.into(), size: text.len() as u64, sha256: digest_of(&text) })
+    }
+
+    fn place(&self) -> io::Result<()> {
+        File::open(&self.partial)?.sync_all()?;
+        match rustix::fs::renameat_with(CWD, &self.partial, CWD, &self.path, RenameFlags::NOREPLACE) {
+            // A file system that cannot promise that nothing is replaced; a directory that has files never is.
+            Err(rustix::io::Errno::INVAL | rustix::io::Errno::NOSYS) => fs::rename(&self.partial, &self.path)?,
+            renamed => renamed?,
+        }
+        File::open(parent(&self.path))?.sync_all()
+    }
+}
+
+impl Drop for NewFolder {
+    fn drop(&mut self) {
+        if !self.finished {
+            let _ = fs::remove_dir_all(&self.partial);
+        }
+    }
+}
+
+/// Removes what a process has left that was killed while it wrote; not what one is writing.
+fn remove_abandoned(partial: &Path) -> io::Result<()> {
+    let dir = match File::open(partial) {
+        Ok(dir) => dir,
+        Err(error) if error.kind() == io::ErrorKind::NotFound => return Ok(()),
+        Err(error) => return Err(error),
+    };
+    match rustix::fs::flock(dir.as_fd(), FlockOperation::NonBlockingLockExclusive) {
+        Ok(()) => fs::remove_dir_all(partial),
+        Err(_) => Err(io::Error::other("another process is just writing a snapshot of this name")),
+    }
+}
+
+/// Where something is until it is whole.
+pub fn beside(path: &Path) -> PathBuf {
+    let mut hidden = std::ffi::OsString::from(".");
+    hidden.push(path.file_name().unwrap_or_default());
+    hidden.push(".partial");
+    path.with_file_name(hidden)
+}
+
+pub fn parent(path: &Path) -> &Path {
+    path.parent().filter(|parent| !parent.as_os_str().is_empty()).unwrap_or(Path::new("."))
+}
+
+/// A snapshot, opened: its parts are there and as long as they should be, and its state is as it was written. Memory is
+/// not read.
+#[derive(Debug)]
+pub struct Folder {
+    path: PathBuf,
+    pub manifest: Manifest,
+    pub snapshot: Snapshot,
+}
+
+impl Folder {
+    /// # Errors
+    /// What is wrong with it, and with which part.
+    pub fn open(path: &Path) -> Result<Self, SnapshotError> {
+        let manifest = Self::read_manifest(path)?;
+        let state_text = read_part(path, &manifest, STATE)?;
+        check_digest(path, &manifest, STATE, &digest_of(&state_text))?;
+        let state = parse(&path.join(STATE), &state_text)?;
+        // This one may be changed, also in length.
+        let config = path.join(CONFIG);
+        let config = parse(&config, &read_document(&config)?)?;
+        let memory_path = path.join(MEMORY);
+        let memory = File::open(&memory_path).map_err(|source| missing_or(memory_path, source))?;
+        check_size(path, &manifest, MEMORY, &memory)?;
+        Ok(Self { path: path.to_owned(), manifest, snapshot: Snapshot { config, state, memory } })
+    }
+
+    /// Reads what a snapshot says of itself, and nothing else.
+    ///
+    /// # Errors
+    /// When it is none, or of a later format.
+    pub fn read_manifest(path: &Path) -> Result<Manifest, SnapshotError> {
+        let text = match read_document(&path.join(MANIFEST)) {
+            Err(SnapshotError::Read { source, .. })
+                if matches!(source.kind(), io::ErrorKind::NotFound | io::ErrorKind::NotADirectory) =>
+            {
+                return Err(SnapshotError::NotASnapshot(path.to_owned()));
+            }
+            text => text?,
+        };
+        // Its version first: of a later one nothing else may be as it is here.
+        #[derive(serde::Deserialize)]
+        struct Version {
+            format: String,
+            version: u32,
+        }
+        let Version { format, version } = parse(&path.join(MANIFEST), &text)?;
+        if format != manifest::FORMAT {
+            return Err(SnapshotError::NotASnapshot(path.to_owned()));
+        }
+        if version != manifest::VERSION {
+            return Err(SnapshotError::Version { path: path.to_owned(), version, known: manifest::VERSION });
+        }
+        parse(&path.join(MANIFEST), &text)
+    }
+
+    /// Bytes of memory that are not holes.
+    ///
+    /// # Errors
+    /// The host's.
+    pub fn stored_memory(&self) -> io::Result<u64> {
+        let len = self.snapshot.memory.metadata()?.len();
+        Data::new(&self.snapshot.memory, 0..len).map(|data| data.map(|data| data.end - data.start)).sum()
+    }
+
+    /// Reads all of it and compares it with the checksums. Returns the parts that were changed and may be.
+    ///
+    /// # Errors
+    /// The first part that is not as it was written.
+    pub fn verify(&self) -> Result<Vec<&'static str>, SnapshotError> {
+        let memory_path = self.path.join(MEMORY);
+        let sha256 =
+            digest(&self.snapshot.memory).map_err(|source| SnapshotError::Read { path: memory_path, source })?;
+        check_digest(&self.path, &self.manifest, MEMORY, &sha256)?;
+        let config = read_document(&self.path.join(CONFIG))?;
+        let changed = check_digest(&self.path, &self.manifest, CONFIG, &digest_of(&config)).is_err();
+        Ok(changed.then_some(CONFIG).into_iter().collect())
+    }
+}
+
+fn read_part(path: &Path, manifest: &Manifest, name: &str) -> Result<Vec<u8>, SnapshotError> {
+    let part = path.join(name);
+    let file = File::open(&part).map_err(|source| missing_or(part.clone(), source))?;
+    check_size(path, manifest, name, &file)?;
+    read_document(&part)
+}
+
+pub fn read_document(path: &Path) -> Result<Vec<u8>, SnapshotError> {
+    let failed = |source| SnapshotError::Read { path: path.to_owned(), source };
+    let mut text = Vec::new();
+    File::open(path).and_then(|file| file.take(LARGEST_DOCUMENT + 1).read_to_end(&mut text)).map_err(failed)?;
+    if text.len() as u64 > LARGEST_DOCUMENT {
+        return Err(SnapshotError::Damaged { path: path.to_owned(), what: "it is far too long".into() });
+    }
+    Ok(text)
+}
+
+pub fn parse<T: serde::de::DeserializeOwned>(path: &Path, text: &[u8]) -> Result<T, SnapshotError> {
+    serde_json::from_slice(text).map_err(|source| SnapshotError::Syntax { path: path.to_owned(), source })
+}
+
+fn missing_or(path: PathBuf, source: io::Error) -> SnapshotError {
+    match source.kind() {
+        io::ErrorKind::NotFound => SnapshotError::Damaged { path, what: "it is missing".into() },
+        _ => SnapshotError::Read { path, source },
+    }
+}
+
+fn entry<'a>(path: &Path, manifest: &'a Manifest, name: &str) -> Result<&'a PartEntry, SnapshotError> {
+    manifest.part(name).ok_or_else(|| SnapshotError::Damaged {
+        path: path.join(MANIFEST),
+        what: format!("it does not speak of '{name}'"),
+    })
+}
+
+fn check_size(path: &Path, manifest: &Manifest, name: &str, file: &File) -> Result<(), SnapshotError> {
+    let wanted = entry(path, manifest, name)?.size;
+    let path = path.join(name);
+    let len = file.metadata().map_err(|source| SnapshotError::Read { path: path.clone(), source })?.len();
+    if len != wanted {
+        let what = format!("it has {len} bytes where it had {wanted}");
+        return Err(SnapshotError::Damaged { path, what });
+    }
+    Ok(())
+}
+
+fn check_digest(path: &Path, manifest: &Manifest, name: &str, sha256: &str) -> Result<(), SnapshotError> {
+    match entry(path, manifest, name)?.sha256 == sha256 {
+        true => Ok(()),
+        false => Err(SnapshotError::Damaged { path: path.join(name), what: "its checksum is another".into() }),
+    }
+}

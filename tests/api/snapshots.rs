@@ -1,0 +1,304 @@
+//! VMs that are saved, and go on: in the same process, in another, many times.
+
+use std::path::{Path, PathBuf};
+use std::process::Command;
+use std::time::{Duration, Instant};
+
+use serde_json::{Value, json};
+use tempfile::tempdir;
+
+use crate::support::{Ended, Running, disk_with, not_tested, tranche};
+use crate::vm::{LIMIT, Vm, drive, firecracker, vmm};
+
+/// A VM whose guest gives back what is typed.
+fn echoing(command: Command) -> Vm {
+    let vm = Vm::start(command);
+    vm.boot_hello("end=echo");
+    vm
+}
+
+/// Types a text that the guest has not said by itself, and waits for its echo.
+fn type_in(running: &mut Running, text: &str) {
+    running.send(text);
+    running.output.wait_for(text, LIMIT);
+}
+
+fn snapshot(vm: &Vm, path: &Path, stop: bool) -> Value {
+    let body = json!({ "path": path, "stop": stop }).to_string();
+    let answer = vm.ask("PUT", "/v2/vm/snapshot", Some(&body));
+    let text = String::from_utf8_lossy(&answer.body).into_owned();
+    assert_eq!(answer.status, 200, "{text}");
+    serde_json::from_str(&text).unwrap()
+}
+
+fn refusal(vm: &Vm, status: u16, path: &str, body: &Value) -> String {
+    let answer = vm.ask("PUT", path, Some(&body.to_string()));
+    let text = String::from_utf8_lossy(&answer.body).into_owned();
+    assert_eq!((answer.status, answer.content_type.as_deref()), (status, Some("application/problem+json")), "{text}");
+    text
+}
+
+fn restore(dir: &Path) -> Command {
+    let mut command = tranche();
+    command.arg("restore").arg(dir);
+    command
+}
+
+/// Has a restored guest echo something, and end.
+fn goes_on(mut running: Running) {
+    type_in(&mut running, "again");
+    running.send("q");
+    let ended = running.wait(LIMIT).expect_code(0);
+    assert_eq!((ended.output.as_str(), ended.errors.as_str()), ("againq", ""));
+}
+
+fn cli(arguments: &[&str]) -> Ended {
+    Running::start(tranche().args(arguments)).wait(LIMIT)
+}
+
+#[test]
+fn a_saved_vm_goes_on_and_so_does_each_that_is_restored() {
+    let mut vm = echoing(vmm());
+    type_in(&mut vm.running, "#before#");
+    let dir = vm.path("snap");
+    let times = snapshot(&vm, &dir, false);
+    assert!(times["pause_us"].as_u64().unwrap() > 0, "{times}");
+    assert!(times["durable_us"].as_u64() >= times["pause_us"].as_u64(), "{times}");
+    assert_eq!(vm.get("/")["state"], "Running");
+    type_in(&mut vm.running, "#after#");
+
+    let running: Vec<_> = (0..3).map(|_| Running::start(&mut restore(&dir))).collect();
+    running.into_iter().for_each(goes_on);
+    type_in(&mut vm.running, "#still#");
+
+    let ended = cli(&["snapshot", "verify", dir.to_str().unwrap()]).expect_code(0);
+    assert!(ended.output.contains("3 parts are as they were written"), "{}", ended.output);
+    let ended = cli(&["snapshot", "inspect", dir.to_str().unwrap()]).expect_code(0);
+    assert!(ended.output.contains("vCPUs         1 of ") && ended.output.contains("memory        128M, of which"));
+    let ended = cli(&["snapshot", "inspect", "--json", dir.to_str().unwrap()]).expect_code(0);
+    let shown: Value = serde_json::from_str(&ended.output).unwrap();
+    assert_eq!((&shown["config"]["memory"], &shown["manifest"]["version"]), (&json!("128M"), &json!(1)));
+
+    // Nothing is there that was not asked for, and nothing is replaced.
+    let there = refusal(&vm, 409, "/v2/vm/snapshot", &json!({ "path": dir }));
+    assert!(there.contains("is there already"), "{there}");
+    let nowhere = refusal(&vm, 500, "/v2/vm/snapshot", &json!({ "path": "/nowhere/snap" }));
+    assert!(nowhere.contains("/nowhere/snap"), "{nowhere}");
+    type_in(&mut vm.running, "#and#");
+    vm.kill().expect_code(5);
+}
+
+#[test]
+fn a_vm_that_is_stopped_by_its_snapshot_has_not_run_since() {
+    let mut vm = echoing(vmm());
+    type_in(&mut vm.running, "#x#");
+    let dir = vm.path("snap");
+    cli(&["snapshot", "create", vm.socket.to_str().unwrap(), dir.to_str().unwrap(), "--stop"]).expect_code(0);
+    vm.running.wait(LIMIT).expect_code(5);
+
+    // Paused, and saved again before it goes on.
+    let mut command = restore(&dir);
+    command.args(["--paused", "--id", "second"]);
+    let mut second = Vm::start(command);
+    assert_eq!(second.get("/")["state"], "Paused");
+    assert_eq!(second.get("/")["id"], "second");
+    assert_eq!(second.get("/vm/config")["boot-source"]["boot_args"], "end=echo");
+    let again = second.path("again");
+    snapshot(&second, &again, false);
+    assert_eq!(second.get("/")["state"], "Paused");
+    second.patch("/vm", r#"{"state":"Resumed"}"#);
+    type_in(&mut second.running, "#y#");
+    // Of a VM whose memory is a snapshot's.
+    let third = second.path("third");
+    snapshot(&second, &third, true);
+    second.running.wait(LIMIT).expect_code(5);
+    for dir in [&again, &third, &dir] {
+        goes_on(Running::start(&mut restore(dir)));
+    }
+}
+
+#[test]
+fn firecrackers_clients_save_and_load_in_two_files() {
+    let mut vm = echoing(firecracker());
+    type_in(&mut vm.running, "#x#");
+    let files = tempdir().unwrap();
+    let (state, memory) = (files.path().join("state"), files.path().join("memory"));
+    let create = json!({ "snapshot_path": state, "mem_file_path": memory }).to_string();
+    vm.expect_fault("PUT", "/snapshot/create", &create, "PATCH /vm first");
+    vm.patch("/vm", r#"{"state":"Paused"}"#);
+    vm.put("/snapshot/create", &create);
+    let nowhere = json!({ "snapshot_path": "/nowhere/s", "mem_file_path": memory }).to_string();
+    vm.expect_fault("PUT", "/snapshot/create", &nowhere, "/nowhere/s");
+    assert_eq!(vm.get("/")["state"], "Paused");
+    vm.patch("/vm", r#"{"state":"Resumed"}"#);
+    type_in(&mut vm.running, "#y#");
+
+    let load = |resume: bool| {
+        let backend = json!({ "backend_type": "File", "backend_path": memory });
+        json!({ "snapshot_path": state, "mem_backend": backend, "resume_vm": resume }).to_string()
+    };
+    let second = Vm::start(firecracker());
+    second.put("/logger", r#"{"level":"Warn"}"#);
+    second.put("/snapshot/load", &load(true));
+    assert_eq!(second.get("/")["state"], "Running");
+    assert_eq!(second.get("/machine-config"), vm.get("/machine-config"));
+    goes_on_as_firecracker(second.running);
+
+    let third = Vm::start(firecracker());
+    let deprecated = json!({ "snapshot_path": state, "mem_file_path": memory }).to_string();
+    third.put("/snapshot/load", &deprecated);
+    assert_eq!(third.get("/")["state"], "Paused");
+    third.patch("/vm", r#"{"state":"Resumed"}"#);
+    goes_on_as_firecracker(third.running);
+
+    let late = Vm::start(firecracker());
+    late.put("/machine-config", r#"{"vcpu_count":1,"mem_size_mib":128}"#);
+    late.expect_fault("PUT", "/snapshot/load", &load(true), "not allowed after configuring boot-specific resources");
+    assert_eq!(late.get("/")["state"], "Not started");
+
+    // A load that fails is the end.
+    std::fs::File::options().write(true).open(&memory).unwrap().set_len(4096).unwrap();
+    let fourth = Vm::start(firecracker());
+    fourth.expect_fault("PUT", "/snapshot/load", &load(true), "4096 bytes where the VM has 134217728");
+    fourth.running.wait(LIMIT).expect_code(1);
+
+    let mut describe = firecracker();
+    let described = Running::start(describe.arg("--describe-snapshot").arg(&state)).wait(LIMIT).expect_code(0);
+    assert_eq!(described.output, "v1.0.0\n");
+    assert_eq!(Running::start(firecracker().arg("--snapshot-version")).wait(LIMIT).expect_code(0).output, "v1.0.0\n");
+    let mut describe = firecracker();
+    Running::start(describe.arg("--describe-snapshot").arg(&memory)).wait(LIMIT).expect_code(1);
+    vm.kill().expect_code(0);
+}
+
+/// Its log is on standard output too.
+fn goes_on_as_firecracker(mut running: Running) {
+    type_in(&mut running, "again");
+    running.send("q");
+    running.wait(LIMIT).expect_code(0);
+}
+
+#[test]
+fn a_disk_that_is_gone_is_named_with_what_overrides_it() {
+    let vm = Vm::start(vmm());
+    let disk = disk_with(vm.dir.path(), "disk", &vec![7; 1 << 20]);
+    vm.put("/drives/data", &drive("data", false, &disk));
+    vm.boot_hello("end=echo");
+    let dir = vm.path("snap");
+    snapshot(&vm, &dir, false);
+
+    // The first VM has it still.
+    let ended = Running::start(&mut restore(&dir)).wait(LIMIT).expect_code(31);
+    assert!(ended.errors.contains("saved VM's disk.data"), "{}", ended.errors);
+    assert!(ended.errors.contains("hint: put it back, or give another with --override disk.data=PATH"));
+    let copy = vm.path("copy");
+    std::fs::copy(&disk, &copy).unwrap();
+    let mut other = restore(&dir);
+    goes_on(Running::start(other.arg(format!("--override=disk.data={}", copy.display()))));
+
+    let mut wrong = restore(&dir);
+    let ended = Running::start(wrong.arg("--override=disk.root=/x")).wait(LIMIT).expect_code(2);
+    assert!(ended.errors.contains("no disk 'root': it has data"), "{}", ended.errors);
+
+    // Another disk under that name is another machine.
+    let small = disk_with(vm.dir.path(), "small", &[7; 4096]);
+    let mut other = restore(&dir);
+    let ended =
+        Running::start(other.arg(format!("--override=disk.data={}", small.display()))).wait(LIMIT).expect_code(81);
+    assert!(ended.errors.contains("disk 'data'"), "{}", ended.errors);
+    vm.kill().expect_code(5);
+}
+
+#[test]
+fn a_full_disk_costs_the_snapshot_and_not_the_vm() {
+    if !rustix::process::geteuid().is_root() {
+        return not_tested("a snapshot on a full disk: only root can");
+    }
+    let vmm = vmm();
+    let mut command = Command::new("unshare");
+    command.args(["-m", "sh", "-c", "mount -t tmpfs -o size=64k none /mnt && exec \"$@\"", "sh"]);
+    command.arg(vmm.get_program()).args(vmm.get_args());
+    let mut vm = echoing(command);
+    let full = refusal(&vm, 500, "/v2/vm/snapshot", &json!({ "path": "/mnt/snap", "stop": true }));
+    assert!(full.contains("No space left on device"), "{full}");
+    type_in(&mut vm.running, "#on#");
+    // Nothing of it takes the room that there is: it fails for the same reason again, and not for what is left.
+    let again = refusal(&vm, 500, "/v2/vm/snapshot", &json!({ "path": "/mnt/snap" }));
+    assert!(again.contains("No space left on device"), "{again}");
+    vm.kill().expect_code(5);
+}
+
+/// Kills a VM while it is saved, at every moment that time allows.
+#[test]
+fn a_killed_save_leaves_what_was_there_and_nothing_else() {
+    let files = tempdir().unwrap();
+    let earlier = files.path().join("earlier");
+    let (first, mut saved) = (echoing(vmm()), 0);
+    snapshot(&first, &earlier, false);
+    first.kill().expect_code(5);
+    let new: PathBuf = files.path().join("new");
+    // The last ones have all the time they need.
+    for round in 0..30u32 {
+        let moment = Duration::from_micros(200) * round + Duration::from_secs(u64::from(round >= 28));
+        let vm = echoing(vmm());
+        let body = json!({ "path": new, "stop": false }).to_string();
+        let socket = vm.socket.clone();
+        let asked = std::thread::spawn(move || {
+            let mut client = tranche::api::client::Client::connect(&socket).unwrap();
+            client.request("PUT", "/v2/vm/snapshot", Some(body.as_bytes())).is_ok()
+        });
+        let begun = Instant::now();
+        while begun.elapsed() < moment && !(round >= 28 && asked.is_finished()) {
+            std::thread::yield_now();
+        }
+        vm.running.signal(rustix::process::Signal::KILL);
+        let done = asked.join().unwrap();
+        drop(vm);
+        if new.exists() {
+            cli(&["snapshot", "verify", new.to_str().unwrap()]).expect_code(0);
+            goes_on(Running::start(&mut restore(&new)));
+            std::fs::remove_dir_all(&new).unwrap();
+            saved += 1;
+        } else {
+            assert!(!done, "an answer came for a snapshot that is not there");
+        }
+    }
+    assert!(saved > 0, "none of them was in time");
+    let vm = echoing(vmm());
+    snapshot(&vm, &new, false);
+    let mut names: Vec<_> = std::fs::read_dir(files.path()).unwrap().map(|entry| entry.unwrap().file_name()).collect();
+    names.sort();
+    assert_eq!(names, ["earlier", "new"]);
+    cli(&["snapshot", "verify", earlier.to_str().unwrap()]).expect_code(0);
+    vm.kill().expect_code(5);
+}
+
+#[test]
+fn what_is_no_snapshot_is_refused() {
+    let dir = tempdir().unwrap();
+    let path = dir.path().to_str().unwrap();
+    for arguments in [&["restore", path][..], &["snapshot", "verify", path], &["snapshot", "inspect", "/nowhere"]] {
+        let ended = cli(arguments).expect_code(80);
+        assert!(ended.errors.contains("is no snapshot: it has no manifest.json"), "{}", ended.errors);
+    }
+    let ended = cli(&["restore", path, "--override", "x"]).expect_code(2);
+    assert!(ended.errors.contains("overrides nothing"), "{}", ended.errors);
+    let vm = Vm::start(vmm());
+    let none = refusal(&vm, 400, "/v2/vm/restore", &json!({ "path": path }));
+    assert!(none.contains("is no snapshot"), "{none}");
+    assert_eq!(vm.get("/")["state"], "Not started");
+    let early = refusal(&vm, 409, "/v2/vm/snapshot", &json!({ "path": path }));
+    assert!(early.contains("before starting"), "{early}");
+}
+
+#[test]
+fn a_snapshot_goes_on_in_a_process_that_waits_for_it() {
+    let mut first = echoing(vmm());
+    type_in(&mut first.running, "#x#");
+    let dir = first.path("snap");
+    snapshot(&first, &dir, true);
+    let second = Vm::start(vmm());
+    second.put("/v2/vm/restore", &json!({ "path": dir, "clock": "advance" }).to_string());
+    assert_eq!(second.get("/")["state"], "Running");
+    goes_on(second.running);
+}
