@@ -236,7 +236,9 @@ fn run(args: &FirecrackerArgs, timeline: &Arc<Timeline>) -> Result<Served, Failu
     }
     let mut signals = Signals::block().map_err(resources("listen to signals"))?;
     let api = if args.no_api { None } else { Some(listen(&args.api_sock, args.http_api_max_payload_size)?) };
+    fatal::exit_with_its_code().map_err(resources("listen to signals"))?;
     if let Some(path) = &args.config_file {
+        require_drives_and_kernel(path)?;
         let description =
             read_description(path).map_err(|error| Failure(code::BAD_CONFIGURATION, exit::one_line(&error)))?;
         owner.load(description).map_err(|fault| Failure::configuration(&fault))?;
@@ -246,6 +248,50 @@ fn run(args: &FirecrackerArgs, timeline: &Arc<Timeline>) -> Result<Served, Failu
     let mut console = Console::open(&serial, &*host).map_err(resources("use the terminal"))?;
     release_startup_code();
     serve(owner, &mut console, &mut signals, OnSignal::Leave, api).map_err(resources("wait for events"))
+}
+
+/// In a file of Firecracker's they have to be there, if only as an empty list.
+fn require_drives_and_kernel(path: &Path) -> Result<(), Failure> {
+    #[derive(serde::Deserialize)]
+    struct Required {
+        #[serde(rename = "drives")]
+        _drives: serde::de::IgnoredAny,
+        #[serde(rename = "boot-source")]
+        _boot_source: serde::de::IgnoredAny,
+    }
+    let wrong = |error: &dyn std::fmt::Display| {
+        Failure(
+            code::BAD_CONFIGURATION,
+            format!("Configuration for VM could not be read from {}: {error}", path.display()),
+        )
+    };
+    let text = std::fs::read(path).map_err(|error| wrong(&error))?;
+    serde_json::from_slice::<Required>(&text).map(drop).map_err(|error| wrong(&error))
+}
+
+/// Signals that end the process at once, with an exit code that tells which.
+mod fatal {
+    #![expect(unsafe_code, reason = "the end of the process within a signal handler")]
+
+    use std::io;
+
+    use libc::{SIGBUS, SIGILL, SIGSEGV, SIGSYS, SIGXCPU, SIGXFSZ};
+
+    const CODES: [(libc::c_int, libc::c_int); 6] =
+        [(SIGSYS, 148), (SIGBUS, 149), (SIGSEGV, 150), (SIGXFSZ, 151), (SIGXCPU, 154), (SIGILL, 157)];
+
+    extern "C" fn end(signal: libc::c_int, _: *mut libc::siginfo_t, _: *mut libc::c_void) {
+        let code = CODES.iter().find(|(known, _)| *known == signal).map_or(1, |(_, code)| *code);
+        // SAFETY: the call is allowed in a handler, takes no locks and runs nothing else.
+        unsafe { libc::_exit(code) };
+    }
+
+    pub fn exit_with_its_code() -> io::Result<()> {
+        for (signal, _) in CODES {
+            vmm_sys_util::signal::register_signal_handler(signal, end)?;
+        }
+        Ok(())
+    }
 }
 
 fn listen(path: &Path, max_body: usize) -> Result<RunningApi, Failure> {

@@ -35,8 +35,6 @@ pub enum Fault {
     NoHotplug,
     #[error("Metrics have been set up already.")]
     RepeatedMetrics,
-    #[error("Metrics have not been set up: PUT /metrics first.")]
-    NoMetrics,
     #[error("Cannot open {path}: {source}")]
     Open { path: String, source: std::io::Error },
     #[error("{}", chain(.0))]
@@ -76,7 +74,6 @@ impl Fault {
             | Self::SecondRoot(_)
             | Self::RepeatedMac { .. }
             | Self::RepeatedMetrics
-            | Self::NoMetrics
             | Self::NoHotplug
             | Self::Conflict(_) => FaultKind::Conflict,
             Self::Invalid(_) | Self::BootArguments(_) | Self::Open { .. } => FaultKind::Invalid,

@@ -10,7 +10,7 @@ use crate::boot::BootFile;
 use crate::config::firecracker as fc;
 use crate::config::{
     CacheMode, CpuChanges, DiskConfig, EntropyConfig, IoEngine, MemoryPages, MemorySize, NetBackend, NetConfig,
-    SavedVm, SerialConfig, Transport, VmConfig,
+    RateLimits, SavedVm, SerialConfig, Transport, VmConfig,
 };
 use crate::machine::{MachineError, OpenDisk, OpenNic, Origin, Parts, SerialSetup, open_initrd, open_kernel};
 use crate::platform::serial::SerialOutput;
@@ -28,6 +28,8 @@ pub struct Plan {
     nics: Vec<OpenNic>,
     serial: Option<File>,
     serial_path: Option<std::path::PathBuf>,
+    /// Of the serial port's output.
+    pub serial_limits: RateLimits,
 }
 
 /// Puts `new` where an entry of this id is, or at the end.
@@ -170,6 +172,8 @@ impl Plan {
             None => None,
         };
         self.serial_path.clone_from(&serial.serial_out_path);
+        let limiter = fc::RateLimiter { bandwidth: serial.rate_limiter, ops: None };
+        self.serial_limits = fc::RateLimiter::limits(Some(limiter));
         Ok(())
     }
 

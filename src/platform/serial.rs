@@ -12,6 +12,8 @@ use vm_superio::{Serial, SerialState, Trigger};
 use vmm_sys_util::eventfd::EventFd;
 
 use super::bus::BusDevice;
+use crate::backend::Limiter;
+use crate::config::RateLimits;
 use crate::observe::{Milestone, Timeline};
 
 /// Where the guest's output goes.
@@ -24,12 +26,17 @@ pub enum SerialOutput {
 
 struct Output {
     to: SerialOutput,
+    /// What comes too fast is lost: a vCPU must not wait for its console.
+    limiter: Limiter,
     timeline: Arc<Timeline>,
 }
 
 impl Write for Output {
     fn write(&mut self, bytes: &[u8]) -> io::Result<usize> {
         self.timeline.mark(Milestone::FirstConsoleByte);
+        if self.limiter.take(bytes.len() as u64).is_err() {
+            return Ok(bytes.len());
+        }
         match &mut self.to {
             SerialOutput::Null | SerialOutput::Socket(None) => Ok(bytes.len()),
             // A full disk or a closed pipe loses console output, not the VM.
@@ -134,7 +141,8 @@ impl SerialPort {
         saved: Option<&SerialStateV1>,
     ) -> io::Result<Self> {
         let room = EventFd::new(libc::EFD_NONBLOCK | libc::EFD_CLOEXEC)?;
-        let (line, events, output) = (Line(interrupt), Room(room.try_clone()?), Output { to, timeline });
+        let (line, events) = (Line(interrupt), Room(room.try_clone()?));
+        let output = Output { to, limiter: Limiter::default(), timeline };
         let uart = match saved {
             None => Serial::with_events(line, events, output),
             Some(state) => Serial::from_state(&state.registers(), line, events, output)
@@ -181,6 +189,11 @@ impl SerialPort {
     #[must_use]
     pub fn room(&self) -> &EventFd {
         &self.room
+    }
+
+    /// Limits the output; see [`Limiter::update`].
+    pub fn limit(&self, limits: RateLimits) {
+        self.uart.lock().unwrap_or_else(PoisonError::into_inner).writer_mut().limiter.update(limits);
     }
 
     /// Sends output to a new client of the socket, instead of the one before.

@@ -81,6 +81,8 @@ fn what_belongs_before_or_after_the_start_is_refused_at_the_other_time() {
         ("PUT", "/entropy", "{}"),
         ("PUT", "/serial", "{}"),
         ("PUT", "/logger", "{}"),
+        ("PUT", "/metrics", r#"{"metrics_path":"m"}"#),
+        ("PUT", "/hotplug/memory", r#"{"total_size_mib":1024}"#),
         ("PUT", "/vsock", r#"{"guest_cid":3,"uds_path":"v"}"#),
         ("PUT", "/balloon", r#"{"amount_mib":1,"deflate_on_oom":true}"#),
         ("PUT", "/mmds/config", r#"{"network_interfaces":[]}"#),

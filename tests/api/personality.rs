@@ -39,6 +39,20 @@ fn a_configuration_file_starts_a_vm() {
         std::fs::write(&file, format!(r#"{{{boot},"drives":[]{more}}}"#)).unwrap();
     };
     let path = file.to_str().unwrap();
+    std::fs::write(&file, r#"{"drives":[]}"#).unwrap();
+    let ended = run(&["--no-api", "--config-file", path]).expect_code(152);
+    assert!(ended.errors.contains("missing field `boot-source`"), "{}", ended.errors);
+    std::fs::write(&file, format!(r#"{{"boot-source":{{"kernel_image_path":{kernel:?}}}}}"#)).unwrap();
+    let ended = run(&["--no-api", "--config-file", path]).expect_code(152);
+    assert!(ended.errors.contains("missing field `drives`"), "{}", ended.errors);
+    let cpu_config = dir.path().join("cpu.json");
+    std::fs::write(&cpu_config, r#"{"kvm_capabilities":["4711"]}"#).unwrap();
+    write(&format!(r#","cpu-config":{cpu_config:?}"#));
+    let ended = run(&["--no-api", "--config-file", path]).expect_code(152);
+    assert!(ended.errors.contains("lacks capability 4711"), "{}", ended.errors);
+    write(r#","cpu-config":"/nowhere/cpu.json""#);
+    let ended = run(&["--no-api", "--config-file", path]).expect_code(152);
+    assert!(ended.errors.contains("/nowhere/cpu.json"), "{}", ended.errors);
     write("");
     let ended = run(&["--no-api", "--config-file", path]).expect_code(0);
     assert!(ended.output.contains("hello\n"), "{}", ended.output);
@@ -124,4 +138,52 @@ fn threads_have_the_names_that_tools_know() {
         assert!(names.iter().any(|known| known == name), "{name} of {names:?}");
     }
     vm.kill().expect_code(0);
+}
+
+#[test]
+fn fatal_signals_have_exit_codes_of_their_own() {
+    use rustix::process::Signal;
+    for (signal, code) in [
+        (Signal::SYS, 148),
+        (Signal::BUS, 149),
+        (Signal::SEGV, 150),
+        (Signal::XFSZ, 151),
+        (Signal::XCPU, 154),
+        (Signal::HUP, 156),
+        (Signal::ILL, 157),
+    ] {
+        let vm = Vm::start(firecracker());
+        // It is past its start when it answers.
+        vm.get("/");
+        vm.running.signal(signal);
+        vm.running.wait(LIMIT).expect_code(code);
+    }
+}
+
+#[test]
+fn the_vm_of_a_configuration_file_runs_before_the_api_answers() {
+    let dir = tempfile::tempdir().unwrap();
+    let file = dir.path().join("vm.json");
+    let kernel = guests().join("hello");
+    let boot = format!(r#"{{"boot-source":{{"kernel_image_path":{kernel:?},"boot_args":"end=halt"}},"drives":[]}}"#);
+    std::fs::write(&file, boot).unwrap();
+    let mut command = firecracker();
+    command.arg("--config-file").arg(&file).args(["--http-api-max-payload-size", "100", "--no-seccomp"]);
+    let vm = Vm::start(command);
+    assert_eq!(vm.get("/")["state"], "Running");
+    vm.expect_fault("PATCH", "/vm", &format!(r#"{{"state":"Paused"{}}}"#, " ".repeat(100)), "more than 100 bytes");
+    vm.act("FlushMetrics");
+    vm.kill().expect_code(0);
+}
+
+/// A bucket of five bytes, which an hour does not fill again.
+#[test]
+fn a_serial_port_has_a_limit() {
+    let vm = Vm::start(firecracker());
+    let out = vm.path("out");
+    vm.put("/serial", &format!(r#"{{"serial_out_path":{out:?},"rate_limiter":{{"size":5,"refill_time":360000000}}}}"#));
+    vm.put_kernel("hello", "end=off");
+    vm.act("InstanceStart");
+    vm.running.wait(LIMIT).expect_code(0);
+    assert_eq!(std::fs::read_to_string(out).unwrap(), "hello");
 }

@@ -41,8 +41,8 @@ pub fn serve(request: &Request, reply: Reply, owner: &CallSender, counters: &Arc
             }),
         ),
         Err(error) => {
-            counters.count(place, true, false);
-            finish(reply, false, Err(error.to_string()));
+            counters.count(place, true, error.is_deprecated());
+            finish(reply, error.is_deprecated(), Err(error.to_string()));
         }
     }
 }

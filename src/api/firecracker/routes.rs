@@ -24,6 +24,16 @@ pub enum BadRequest {
     OtherInterface { path: String, body: String },
     #[error(transparent)]
     Value(#[from] InvalidValue),
+    /// As another one, made in a way that is going to be given up.
+    #[error(transparent)]
+    Deprecated(Box<Self>),
+}
+
+impl BadRequest {
+    #[must_use]
+    pub fn is_deprecated(&self) -> bool {
+        matches!(self, Self::Deprecated(_))
+    }
 }
 
 /// A call, and whether it is made in a way that is going to be given up.
@@ -97,8 +107,7 @@ fn put(words: Words<'_>, body: &[u8]) -> Found {
         [Some("actions"), None, ..] => read(body, |action: fc::Action| Ok(Call::Act(action.action_type))),
         [Some("boot-source"), None, ..] => read(body, |source| Ok(Call::PutBootSource(source))),
         [Some("machine-config"), None, ..] => parse(body).and_then(|config: fc::MachineConfig| {
-            config.check()?;
-            Ok(Routed { call: Call::PutMachineConfig(config), deprecated: config.cpu_template.is_some() })
+            marked(config.cpu_template.is_some(), config.check().map(|()| Call::PutMachineConfig(config)))
         }),
         [Some("cpu-config"), None, ..] => read(body, |config: fc::CpuConfig| {
             config.check()?;
@@ -124,9 +133,8 @@ fn put(words: Words<'_>, body: &[u8]) -> Found {
             Ok(Call::Missing("The pmem device", When::Always))
         }),
         [Some("vsock"), None, ..] => parse(body).and_then(|vsock: fc::Vsock| {
-            vsock.check()?;
-            let call = Call::Missing("The vsock device", When::Before);
-            Ok(Routed { call, deprecated: vsock.vsock_id.is_some() })
+            let call = vsock.check().map(|()| Call::Missing("The vsock device", When::Before));
+            marked(vsock.vsock_id.is_some(), call)
         }),
         [Some("balloon"), None, ..] => {
             parse::<fc::Balloon>(body).map(|_| missing("The balloon device", When::Before)())
@@ -140,9 +148,8 @@ fn put(words: Words<'_>, body: &[u8]) -> Found {
             .map(|config| Routed { call: Call::Missing("MMDS", When::Before), deprecated: config.is_deprecated() }),
         [Some("snapshot"), Some("create"), None, _] => read(body, |create| Ok(Call::CreateFiles(create))),
         [Some("snapshot"), Some("load"), None, _] => parse(body).and_then(|load: fc::SnapshotLoad| {
-            load.check()?;
             let deprecated = load.mem_file_path.is_some();
-            Ok(Routed { call: Call::LoadFiles(Box::new(load)), deprecated })
+            marked(deprecated, load.check().map(|()| Call::LoadFiles(Box::new(load))))
         }),
         _ => return None,
     })
@@ -210,6 +217,15 @@ fn read<T: DeserializeOwned>(
     call: impl FnOnce(T) -> Result<Call, BadRequest>,
 ) -> Result<Routed, BadRequest> {
     parse(body).and_then(call).map(Routed::from)
+}
+
+/// A call or the lack of one, which is deprecated either way.
+fn marked(deprecated: bool, call: Result<Call, InvalidValue>) -> Result<Routed, BadRequest> {
+    match call {
+        Ok(call) => Ok(Routed { call, deprecated }),
+        Err(error) if deprecated => Err(BadRequest::Deprecated(Box::new(error.into()))),
+        Err(error) => Err(error.into()),
+    }
 }
 
 fn with_id<T: DeserializeOwned>(

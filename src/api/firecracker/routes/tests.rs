@@ -172,6 +172,58 @@ fn bodies_become_calls() {
     put("/entropy", r#"{"rate_limiter":{"ops":{"size":1,"refill_time":2,"more":3}}}"#).unwrap();
 }
 
+/// Also when it is refused.
+#[test]
+fn what_is_going_to_be_given_up_is_marked_in_its_refusal() {
+    let marked = |path: &str, body: &str| route(&Method::Put, path, body.as_bytes()).unwrap_err().is_deprecated();
+    assert!(marked("/machine-config", r#"{"vcpu_count":1,"mem_size_mib":9,"cpu_template":"T2"}"#));
+    assert!(!marked("/machine-config", r#"{"vcpu_count":0,"mem_size_mib":9}"#));
+    assert!(marked("/vsock", r#"{"guest_cid":1,"uds_path":"v","vsock_id":"v"}"#));
+    assert!(!marked("/vsock", r#"{"guest_cid":1,"uds_path":"v"}"#));
+}
+
+#[test]
+fn bodies_refuse_fields_that_they_do_not_know() {
+    for (path, body) in [
+        ("/actions", r#"{"action_type":"InstanceStart"}"#),
+        ("/boot-source", r#"{"kernel_image_path":"k"}"#),
+        ("/machine-config", r#"{"vcpu_count":1,"mem_size_mib":1}"#),
+        ("/cpu-config", r#"{"msr_modifiers":[]}"#),
+        ("/drives/a", r#"{"drive_id":"a","is_root_device":false,"path_on_host":"d"}"#),
+        ("/network-interfaces/a", r#"{"iface_id":"a","host_dev_name":"t"}"#),
+        ("/entropy", r#"{"rate_limiter":null}"#),
+        ("/serial", r#"{"serial_out_path":"o"}"#),
+        ("/logger", r#"{"level":"wArNiNg"}"#),
+        ("/pmem/a", r#"{"id":"a","path_on_host":"p"}"#),
+        ("/vsock", r#"{"guest_cid":3,"uds_path":"v"}"#),
+        ("/balloon", r#"{"amount_mib":1,"deflate_on_oom":true}"#),
+        ("/hotplug/memory", r#"{"total_size_mib":1024}"#),
+        ("/mmds/config", r#"{"network_interfaces":[]}"#),
+    ] {
+        put(path, body).unwrap_or_else(|text| panic!("{path}: {text}"));
+        let more = format!(r#"{},"more":1}}"#, body.trim_end_matches('}'));
+        let text = put(path, &more).unwrap_err();
+        assert!(text.contains("unknown field `more`"), "{path}: {text}");
+    }
+    for (path, body) in [
+        ("/vm", r#"{"state":"Paused"}"#),
+        ("/machine-config", r#"{"smt":true}"#),
+        ("/drives/a", r#"{"drive_id":"a"}"#),
+        ("/network-interfaces/a", r#"{"iface_id":"a"}"#),
+        ("/balloon", r#"{"amount_mib":1}"#),
+        ("/balloon/statistics", r#"{"stats_polling_interval_s":1}"#),
+        ("/hotplug/memory", r#"{"requested_size_mib":1}"#),
+    ] {
+        patch(path, body).unwrap_or_else(|text| panic!("{path}: {text}"));
+        let more = format!(r#"{},"more":1}}"#, body.trim_end_matches('}'));
+        let text = patch(path, &more).unwrap_err();
+        assert!(text.contains("unknown field `more`"), "{path}: {text}");
+    }
+    // But for these.
+    put("/metrics", r#"{"metrics_path":"m","more":1}"#).unwrap();
+    put("/serial", r#"{"rate_limiter":{"size":1,"refill_time":2,"more":3}}"#).unwrap();
+}
+
 proptest! {
     /// Whatever comes, there is an answer.
     #[test]
