@@ -24,7 +24,7 @@ impl Api {
     #[must_use]
     pub fn counts(&self) -> ApiCounts {
         let counters = self.counters.clone();
-        Box::new(move || counters.counts())
+        Arc::new(move || counters.counts())
     }
 }
 
@@ -40,3 +40,6 @@ impl Service for Api {
         firecracker::fault(status, text)
     }
 }
+
+#[cfg(test)]
+mod tests;

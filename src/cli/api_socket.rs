@@ -3,12 +3,13 @@
 use std::io;
 use std::os::unix::net::UnixListener;
 use std::path::{Path, PathBuf};
+use std::sync::Arc;
 
 use super::start_error::StartError;
 use crate::api::server::{Limits, Server, ServerHandle};
 use crate::api::service::Api;
 use crate::backend::HostFiles;
-use crate::control::{ApiCounts, Calls, calls};
+use crate::control::{ApiCounts, Calls, View, calls};
 
 /// A socket that is listened on. Its file goes with it, unless it is to stay.
 pub struct ApiSocket {
@@ -58,9 +59,9 @@ impl ApiSocket {
         Self { listener, file, thread: "api", max_body: Limits::default().max_body }
     }
 
-    /// Starts the server's thread.
-    pub fn serve(self) -> io::Result<RunningApi> {
-        let (sender, calls) = calls()?;
+    /// Starts the server's thread, for the owner who publishes in `view`.
+    pub fn serve(self, view: Arc<View>) -> io::Result<RunningApi> {
+        let (sender, calls) = calls(view)?;
         let limits = Limits { max_body: self.max_body, ..Limits::default() };
         let api = Api::new(sender);
         let counts = api.counts();

@@ -17,7 +17,7 @@ use super::vmm::{instance_id, read_description};
 use crate::backend::{HostFiles, OpenDirectly};
 use crate::config::firecracker::{Level, Logger, Metrics};
 use crate::config::{SerialConfig, Transport};
-use crate::control::{FIRECRACKER_VERSION, Fault, Identity, Owner};
+use crate::control::{FIRECRACKER_VERSION, Fault, Identity, Owner, View};
 use crate::machine::{End, MachineError};
 use crate::memory::{release_startup_code, share_one_heap};
 use crate::observe::{Timeline, init_firecracker_log};
@@ -235,7 +235,8 @@ fn run(args: &FirecrackerArgs, timeline: &Arc<Timeline>) -> Result<Served, Failu
             .map_err(|fault| Failure::error(format!("Could not initialize metrics: {fault}")))?;
     }
     let mut signals = Signals::block().map_err(resources("listen to signals"))?;
-    let api = if args.no_api { None } else { Some(listen(&args.api_sock, args.http_api_max_payload_size)?) };
+    let api =
+        if args.no_api { None } else { Some(listen(&args.api_sock, args.http_api_max_payload_size, owner.view())?) };
     fatal::exit_with_its_code().map_err(resources("listen to signals"))?;
     if let Some(path) = &args.config_file {
         require_drives_and_kernel(path)?;
@@ -294,7 +295,7 @@ mod fatal {
     }
 }
 
-fn listen(path: &Path, max_body: usize) -> Result<RunningApi, Failure> {
+fn listen(path: &Path, max_body: usize, view: Arc<View>) -> Result<RunningApi, Failure> {
     let in_use = |error: std::io::Error| match error.kind() {
         std::io::ErrorKind::AddrInUse => Failure::error(format!(
             "Failed to open the API socket at: {}. Check that it is not already used.",
@@ -306,7 +307,7 @@ fn listen(path: &Path, max_body: usize) -> Result<RunningApi, Failure> {
     socket.thread = "fc_api";
     socket.max_body = max_body;
     tracing::info!("Listening on API socket ({:?}).", path);
-    let api = socket.serve().map_err(|error| Failure::error(format!("Cannot serve the API: {error}")))?;
+    let api = socket.serve(view).map_err(|error| Failure::error(format!("Cannot serve the API: {error}")))?;
     tracing::info!("API server started.");
     Ok(api)
 }

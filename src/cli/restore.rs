@@ -113,7 +113,7 @@ fn run_to_end(args: &RestoreArgs, timeline: &Arc<Timeline>) -> Result<End, Start
     if !args.paused {
         owner.resume()?;
     }
-    let api = socket.map(ApiSocket::serve).transpose().map_err(resources("serve the API"))?;
+    let api = socket.map(|socket| socket.serve(owner.view())).transpose().map_err(resources("serve the API"))?;
     release_startup_code();
     let served = serve(owner, &mut console, &mut signals, OnSignal::PowerButton, api);
     match served.map_err(resources("wait for events"))? {

@@ -198,7 +198,7 @@ fn run_to_end(
     let mut owner =
         Owner::new(Identity::tranche(config.transport), host.clone(), config.serial.clone(), timeline.clone());
     owner.adopt(machine, config)?;
-    let api = listener.map(ApiSocket::serve).transpose().map_err(resources("serve the API"))?;
+    let api = listener.map(|socket| socket.serve(owner.view())).transpose().map_err(resources("serve the API"))?;
     release_startup_code();
     let served = serve(owner, &mut console, &mut signals, OnSignal::PowerButton, api);
     match served.map_err(resources("wait for events"))? {

@@ -57,6 +57,7 @@ pub fn serve(
         owner.count_api(counts);
     }
     let calls = api.as_ref().map(|api| &api.calls);
+    owner.begin_to_serve();
     let served = serve_until(&mut owner, console, signals, on_signal, calls);
     owner.write_metrics();
     owner.hang_up();

@@ -100,7 +100,7 @@ fn run_to_end(args: &VmmArgs, timeline: &Arc<Timeline>) -> Result<End, StartErro
         SerialConfig::Socket(path) => MachineError::Serial { path: path.clone(), source },
         _ => MachineError::Host { what: "use the terminal", source },
     })?;
-    let api = socket.serve().map_err(resources("serve the API"))?;
+    let api = socket.serve(owner.view()).map_err(resources("serve the API"))?;
     release_startup_code();
     let served = serve(owner, &mut console, &mut signals, OnSignal::PowerButton, Some(api));
     match served.map_err(resources("wait for events"))? {

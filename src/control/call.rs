@@ -75,10 +75,24 @@ pub enum Answer {
     Text(String),
 }
 
-/// Whoever waits for the answer; called once, from the owner's thread, and does not block.
+/// Whoever waits for the answer; called once, from any thread, and does not block.
 pub type Answerer = Box<dyn FnOnce(Result<Answer, Fault>) + Send>;
 
 impl Call {
+    /// Does it change nothing? Then it is answered from what is published.
+    #[must_use]
+    pub fn only_asks(&self) -> bool {
+        matches!(
+            self,
+            Self::GetInstance
+                | Self::GetVersion
+                | Self::GetDescription
+                | Self::GetMachineConfig
+                | Self::GetVm
+                | Self::GetMetrics
+        )
+    }
+
     pub fn when(&self) -> When {
         match self {
             Self::GetInstance

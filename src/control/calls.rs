@@ -2,11 +2,12 @@
 
 use std::io;
 use std::os::fd::{AsRawFd, RawFd};
+use std::sync::Arc;
 use std::sync::mpsc::{self, Receiver, Sender};
 
 use vmm_sys_util::eventfd::{EFD_CLOEXEC, EFD_NONBLOCK, EventFd};
 
-use super::{Answerer, Call, Fault};
+use super::{Answerer, Call, Fault, View};
 
 /// Whoever listens to a VM's life, line by line; `false` when it listens no more. Does not block.
 pub type Listener = Box<dyn FnMut(&str) -> bool + Send>;
@@ -27,24 +28,37 @@ pub struct Calls {
 pub struct CallSender {
     outbox: Sender<Message>,
     bell: EventFd,
+    view: Arc<View>,
 }
 
-/// Makes the channel.
+/// Makes the channel to the owner who publishes in `view`.
 ///
 /// # Errors
 /// When the host is out of descriptors.
-pub fn calls() -> io::Result<(CallSender, Calls)> {
+pub fn calls(view: Arc<View>) -> io::Result<(CallSender, Calls)> {
     let bell = EventFd::new(EFD_NONBLOCK | EFD_CLOEXEC)?;
     let (outbox, inbox) = mpsc::channel();
-    Ok((CallSender { outbox, bell: bell.try_clone()? }, Calls { inbox, bell }))
+    Ok((CallSender { outbox, bell: bell.try_clone()?, view }, Calls { inbox, bell }))
 }
 
 impl CallSender {
-    /// Hands a call over; the answer comes through `answerer`, at once if there is no owner any more.
+    /// Hands a call over, for when the owner has done what it has in hand. The answer comes through `answerer`: at once if
+    /// it can be had from what the owner has published, or if there is no owner any more.
     pub fn send(&self, call: Call, answerer: Answerer) {
+        if let Some(answer) = self.view.get().and_then(|shown| shown.answer(&call)) {
+            return answerer(Ok(answer));
+        }
         match self.outbox.send(Message::Call(call, answerer)) {
             Err(mpsc::SendError(Message::Call(_, answerer))) => answerer(Err(Fault::Ended)),
             _ => self.ring(),
+        }
+    }
+
+    /// The same for who would rather hear that the owner is at work than wait for it.
+    pub fn send_unless_busy(&self, call: Call, answerer: Answerer) {
+        match self.view.get().and_then(|shown| shown.work) {
+            Some(work) if !call.only_asks() => answerer(Err(Fault::Busy(work))),
+            _ => self.send(call, answerer),
         }
     }
 

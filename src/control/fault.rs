@@ -4,6 +4,7 @@ use std::error::Error;
 
 use thiserror::Error;
 
+use super::Work;
 use crate::config::OverrideError;
 use crate::config::firecracker::InvalidValue;
 use crate::machine::{MachineError, SaveError};
@@ -45,6 +46,8 @@ pub enum Fault {
     Override(OverrideError),
     #[error("{}", chain(.0))]
     Snapshot(#[from] SnapshotError),
+    #[error("The VM is {}: ask again when that is done.", .0.name())]
+    Busy(Work),
     #[error("{0}")]
     Conflict(String),
 }
@@ -75,6 +78,7 @@ impl Fault {
             | Self::RepeatedMac { .. }
             | Self::RepeatedMetrics
             | Self::NoHotplug
+            | Self::Busy(_)
             | Self::Conflict(_) => FaultKind::Conflict,
             Self::Invalid(_) | Self::BootArguments(_) | Self::Open { .. } => FaultKind::Invalid,
             Self::Save(SaveError::NotPaused(_) | SaveError::Busy(_)) | Self::Snapshot(SnapshotError::Exists(_)) => {

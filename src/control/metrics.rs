@@ -3,18 +3,19 @@
 use std::fmt::Write as _;
 use std::fs::File;
 use std::io::{self, Write as _};
+use std::sync::Arc;
 use std::time::{SystemTime, UNIX_EPOCH};
 
 use serde_json::{Map, Value};
 
-use crate::machine::{DeviceId, Machine};
+use crate::machine::{DeviceId, Meters};
 use crate::observe::{Exits, Traffic};
 
 /// What the API has counted, by Firecracker's group and name.
-pub type ApiCounts = Box<dyn Fn() -> Vec<(&'static str, String, u64)> + Send>;
+pub type ApiCounts = Arc<dyn Fn() -> Vec<(&'static str, String, u64)> + Send + Sync>;
 
 /// A count by its group and name.
-type Sample = Vec<(String, String, u64)>;
+pub type Sample = Vec<(String, String, u64)>;
 
 /// Groups and names that are always there, in this order, counted or not. `N.agg` stands for three of a latency.
 const ALWAYS: &[(&str, &str)] = &[
@@ -114,7 +115,7 @@ impl MetricsFile {
 }
 
 /// All that has been counted by now. Devices are there by themselves (`block_ID`) and together (`block`).
-pub fn sample(machine: Option<&Machine>, api: Option<&ApiCounts>) -> Sample {
+pub fn sample(machine: Option<&Meters>, api: Option<&ApiCounts>) -> Sample {
     let mut sample = Sample::new();
     if let Some(api) = api {
         sample.extend(api().into_iter().map(|(group, name, count)| (group.to_owned(), name, count)));

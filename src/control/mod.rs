@@ -2,6 +2,8 @@
 //!
 //! ```text
 //!   API server's thread ── Call + Answerer ──▶ Calls (channel, eventfd) ──▶ owner's thread: Owner ── Machine
+//!            ▲                                                                       │
+//!            └────────── answers to calls that only ask ── View ◀── published ───────┘
 //! ```
 //! The owner knows what has been asked for before the start ([`Plan`]: described as a client described it, and open
 //! already, so that what cannot be opened is told at once), and what may be asked when.
@@ -14,6 +16,7 @@ mod owner;
 mod plan;
 mod running;
 mod snapshots;
+mod view;
 pub mod views;
 
 pub use self::call::{Answer, Answerer, Call, Power, When};
@@ -22,3 +25,4 @@ pub use self::fault::{Fault, FaultKind};
 pub use self::metrics::ApiCounts;
 pub use self::owner::{FIRECRACKER_VERSION, Identity, Owner};
 pub use self::snapshots::{RestoreRequest, SnapshotRequest, SnapshotTimes};
+pub use self::view::{View, Work};

@@ -3,9 +3,10 @@
 use std::path::Path;
 use std::sync::Arc;
 
-use super::metrics::{self, ApiCounts, MetricsFile};
+use super::metrics::{ApiCounts, MetricsFile};
 use super::plan::Plan;
 use super::snapshots::Saving;
+use super::view::{Shown, View, Work};
 use super::views;
 use super::{Answer, Answerer, Call, Fault, Listener, Message, Power, When};
 use crate::backend::{HostFile, HostFiles};
@@ -63,7 +64,7 @@ pub const FIRECRACKER_VERSION: &str = "1.17.0";
 
 /// A VM and its clients.
 pub struct Owner {
-    pub(super) identity: Identity,
+    pub(super) identity: Arc<Identity>,
     pub(super) host: Arc<dyn HostFiles>,
     pub(super) console: SerialConfig,
     pub(super) timeline: Arc<Timeline>,
@@ -77,15 +78,20 @@ pub struct Owner {
     pub(super) load_failed: bool,
     metrics: Option<MetricsFile>,
     api: Option<ApiCounts>,
+    /// What it is busy with.
+    work: Option<Work>,
     /// What the listeners know.
     told: &'static str,
+    view: Arc<View>,
+    /// Is there anybody to look at the view?
+    shows: bool,
 }
 
 impl Owner {
     #[must_use]
     pub fn new(identity: Identity, host: Arc<dyn HostFiles>, console: SerialConfig, timeline: Arc<Timeline>) -> Self {
         Self {
-            identity,
+            identity: Arc::new(identity),
             host,
             console,
             timeline,
@@ -97,8 +103,24 @@ impl Owner {
             load_failed: false,
             metrics: None,
             api: None,
+            work: None,
             told: NOT_STARTED,
+            view: Arc::default(),
+            shows: false,
         }
+    }
+
+    /// Where the owner publishes how things stand, once it serves.
+    #[must_use]
+    pub fn view(&self) -> Arc<View> {
+        self.view.clone()
+    }
+
+    /// From now on GETs are answered from the view. Before, they wait: whoever has the VM started with the program is to
+    /// find it started.
+    pub fn begin_to_serve(&mut self) {
+        self.shows = true;
+        self.follow();
     }
 
     /// The machine, once it has been started.
@@ -147,7 +169,7 @@ impl Owner {
             }
             Message::Call(call, answerer) => {
                 let answer = self.perform(call);
-                self.tell_state();
+                self.follow();
                 answerer(answer);
             }
             Message::Listen(mut listener) => {
@@ -164,17 +186,15 @@ impl Owner {
         let notices = self.machine.as_mut().map(Machine::handle_events).unwrap_or_default();
         for notice in notices {
             match notice {
-                Notice::Paused => self.settle_pauses(),
+                // It is seen in the state.
+                Notice::Paused => {}
                 Notice::Unplugged(device) => self.forget(&device),
                 // It was answered when it had begun.
                 Notice::Replaced(_) => {}
             }
         }
-        if self.end().is_some() {
-            self.settle_pauses();
-        }
         self.settle_snapshot(false);
-        self.tell_state();
+        self.follow();
     }
 
     /// How the VM has ended, if it has.
@@ -197,14 +217,14 @@ impl Owner {
         if let Some(machine) = &mut self.machine {
             machine.press_power_button();
         }
-        self.tell_state();
+        self.follow();
     }
 
     pub fn kill(&mut self) {
         if let Some(machine) = &mut self.machine {
             machine.kill();
         }
-        self.tell_state();
+        self.follow();
     }
 
     /// Builds the machine and starts it.
@@ -212,6 +232,19 @@ impl Owner {
     /// # Errors
     /// What is missing, or cannot be had; it can be tried again then.
     pub fn start(&mut self) -> Result<(), Fault> {
+        self.at_work(Work::Starting, Self::build)
+    }
+
+    /// Does what may take long, and shows that meanwhile.
+    pub(super) fn at_work<T>(&mut self, work: Work, job: impl FnOnce(&mut Self) -> T) -> T {
+        self.work = Some(work);
+        self.follow();
+        let done = job(self);
+        self.work = None;
+        done
+    }
+
+    fn build(&mut self) -> Result<(), Fault> {
         let parts = self.plan.parts(&*self.host, &self.identity, &self.console)?;
         let mut machine = Machine::build(parts, &*self.host, &self.timeline)?;
         machine.serial().limit(self.plan.serial_limits);
@@ -235,7 +268,7 @@ impl Owner {
 
     /// Lets go of all listeners, and answers who still waits.
     pub fn hang_up(&mut self) {
-        self.settle_pauses();
+        self.answer_pauses(false);
         self.settle_snapshot(true);
         self.listeners.clear();
     }
@@ -250,10 +283,6 @@ impl Owner {
     /// Shows what the API counts among the rest.
     pub fn count_api(&mut self, api: ApiCounts) {
         self.api = Some(api);
-    }
-
-    fn sample(&self) -> Vec<(String, String, u64)> {
-        metrics::sample(self.machine.as_ref(), self.api.as_ref())
     }
 
     /// Has metrics written to a file, a line now and then one whenever [`Self::write_metrics`] is called.
@@ -279,7 +308,7 @@ impl Owner {
 
     /// Adds a line to the metrics file, if there is one.
     pub fn write_metrics(&mut self) {
-        let sample = self.sample();
+        let sample = self.shown().sample();
         if let Some(Err(error)) = self.metrics.as_mut().map(|file| file.write(sample)) {
             tracing::warn!("metrics cannot be written: {error}");
         }
@@ -316,11 +345,12 @@ impl Owner {
             _ => {}
         }
         match call {
-            Call::GetInstance => return Ok(views::instance(&self.identity, self.state())),
-            Call::GetVersion => return Ok(views::version(&self.identity)),
-            Call::GetDescription => return Ok(views::description(&self.plan)),
-            Call::GetMachineConfig => return Ok(views::json(&self.plan.machine_config())),
-            Call::GetVm => return Ok(views::vm(&self.identity, self.state(), &self.plan, self.machine.as_ref())),
+            Call::GetInstance
+            | Call::GetVersion
+            | Call::GetDescription
+            | Call::GetMachineConfig
+            | Call::GetVm
+            | Call::GetMetrics => return Ok(self.shown().answer(&call).unwrap_or(Answer::Done)),
             Call::PutMachineConfig(config) => {
                 let replaced = self.plan.machine_config().replaced_by(config);
                 self.plan.set_machine_config(replaced, config.cpu_template.is_some())?;
@@ -343,7 +373,6 @@ impl Owner {
             Call::PutSerial(serial) => self.plan.put_serial(&serial, &*self.host)?,
             Call::PutLogger(logger) => self.set_logger(&logger)?,
             Call::PutMetrics(metrics) => self.set_metrics(&metrics)?,
-            Call::GetMetrics => return Ok(Answer::Text(metrics::prometheus(&self.sample()))),
             Call::Act(fc::ActionType::InstanceStart) => self.start()?,
             Call::Act(fc::ActionType::SendCtrlAltDel) => self.press_power_button(),
             // Without a file there is nothing to write, which Firecracker calls a success.
@@ -360,16 +389,53 @@ impl Owner {
 
     /// What the VM is doing, in a word.
     fn state(&self) -> &'static str {
-        self.machine.as_ref().map_or(NOT_STARTED, |machine| machine.state().name())
+        match (self.work, &self.machine) {
+            (Some(work), _) => work.name(),
+            (None, Some(machine)) => machine.state().name(),
+            (None, None) => NOT_STARTED,
+        }
     }
 
-    /// Tells the listeners of a change of state, if there was one.
-    pub(super) fn tell_state(&mut self) {
+    fn shown(&self) -> Shown {
+        Shown {
+            identity: self.identity.clone(),
+            state: self.state(),
+            work: self.work,
+            description: self.plan.description.clone(),
+            devices: self.machine.as_ref().map(|m| m.devices().map(|(id, presence)| (id.clone(), presence)).collect()),
+            meters: self.machine.as_ref().map(Machine::meters),
+            api: self.api.clone(),
+        }
+    }
+
+    /// Something may have changed: shows it, tells the listeners of another state, and those who wait for a pause that it
+    /// is complete or will not come.
+    pub(super) fn follow(&mut self) {
+        if self.shows {
+            self.view.publish(self.shown());
+        }
         let state = self.state();
         if state != self.told {
             let line = views::state_event(Some(self.told), state);
             self.listeners.retain_mut(|listener| listener(&line));
             self.told = state;
+        }
+        match self.machine.as_ref().map(Machine::state) {
+            Some(State::Pausing { .. }) => {}
+            state => {
+                let paused = matches!(state, Some(State::Paused { .. }));
+                self.answer_pauses(paused);
+            }
+        }
+    }
+
+    fn answer_pauses(&mut self, paused: bool) {
+        for answerer in self.pausing.drain(..) {
+            answerer(if paused {
+                Ok(Answer::Done)
+            } else {
+                Err(Fault::Conflict("The VM went on instead of pausing.".into()))
+            });
         }
     }
 
@@ -379,27 +445,16 @@ impl Owner {
             fc::WantedState::Paused => match machine.pause() {
                 Ok(Pause::Paused) => Ok(Answer::Done),
                 // A vCPU is still on its way out.
-                Ok(Pause::Pausing) => return self.pausing.push(answerer),
+                Ok(Pause::Pausing) => {
+                    self.pausing.push(answerer);
+                    return self.follow();
+                }
                 Err(error) => Err(error.into()),
             },
             fc::WantedState::Resumed => machine.resume().map(|()| Answer::Done).map_err(Fault::from),
         };
-        // Whoever still waited for a pause has it now, or never will.
-        self.settle_pauses();
-        self.tell_state();
+        self.follow();
         answerer(answer);
-    }
-
-    /// Answers who waited for a pause that is complete, or that will not come.
-    fn settle_pauses(&mut self) {
-        let paused = self.machine.as_ref().is_some_and(|machine| matches!(machine.state(), State::Paused { .. }));
-        for answerer in self.pausing.drain(..) {
-            answerer(if paused {
-                Ok(Answer::Done)
-            } else {
-                Err(Fault::Conflict("The VM went on instead of pausing.".into()))
-            });
-        }
     }
 
     fn power(&mut self, power: Power) -> Result<(), Fault> {

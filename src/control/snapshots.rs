@@ -5,13 +5,14 @@
 
 use std::collections::BTreeMap;
 use std::path::PathBuf;
+use std::sync::Arc;
 use std::sync::mpsc::{self, Receiver, TryRecvError};
 use std::time::{Duration, Instant};
 
 use serde::{Deserialize, Serialize};
 
 use super::owner::Owner;
-use super::{Answer, Answerer, Fault};
+use super::{Answer, Answerer, Fault, Work};
 use crate::config::Override;
 use crate::config::firecracker as fc;
 use crate::machine::{Machine, MachineError, Origin, Parts, Pause, SaveError, SerialSetup, State};
@@ -82,7 +83,7 @@ impl Owner {
     pub(super) fn snapshot(&mut self, request: &SnapshotRequest, answerer: Answerer) {
         let begun = Instant::now();
         let new = || NewFolder::begin(&request.path).map(NewSnapshot::Folder);
-        let begin = self.begin_snapshot(new, request.stop, begun);
+        let begin = self.at_work(Work::Saving, |owner| owner.begin_snapshot(new, request.stop, begun));
         self.go_on_saving(begin, begun, request.stop, answerer);
     }
 
@@ -98,7 +99,7 @@ impl Owner {
             return answerer(Err(Fault::Conflict(text.into())));
         }
         let new = || NewFiles::begin(&request.snapshot_path, &request.mem_file_path).map(NewSnapshot::Files);
-        let begin = self.begin_snapshot(new, false, begun);
+        let begin = self.at_work(Work::Saving, |owner| owner.begin_snapshot(new, false, begun));
         let done = Box::new(|answer: Result<_, _>| answerer(answer.map(|_| Answer::Done)));
         self.go_on_saving(begin, begun, false, done);
     }
@@ -128,7 +129,7 @@ impl Owner {
             }
             Err(fault) => answerer(Err(fault)),
         }
-        self.tell_state();
+        self.follow();
     }
 
     /// Writes what has to be written while the VM stands still. Returns for how long it did, and whether it is to go on if
@@ -213,12 +214,16 @@ impl Owner {
     /// # Errors
     /// What is missing, or does not go together; it can be tried again then.
     pub fn restore(&mut self, snapshot: Snapshot, clock: Clock) -> Result<(), Fault> {
+        self.at_work(Work::Starting, |owner| owner.build_saved(snapshot, clock))
+    }
+
+    fn build_saved(&mut self, snapshot: Snapshot, clock: Clock) -> Result<(), Fault> {
         let Snapshot { config, state, memory, .. } = snapshot;
         let console = SerialSetup::open(&self.console, &*self.host)?;
         let origin = Origin::Saved { state: Box::new(state.machine), memory, clock };
         let parts = Parts::of_saved(&config, origin, console, self.identity.vcpu_thread, &*self.host)?;
         self.machine = Some(Machine::build(parts, &*self.host, &self.timeline)?);
-        self.identity.transport = config.transport;
+        Arc::make_mut(&mut self.identity).transport = config.transport;
         self.plan.describe_saved(&state.description, &config);
         Ok(())
     }
@@ -275,7 +280,7 @@ impl Owner {
     /// When there is none.
     pub fn resume(&mut self) -> Result<(), Fault> {
         self.machine.as_mut().ok_or(Fault::BeforeStart)?.resume()?;
-        self.tell_state();
+        self.follow();
         Ok(())
     }
 }

@@ -6,10 +6,9 @@ use serde::Serialize;
 
 use super::Answer;
 use super::owner::Identity;
-use super::plan::Plan;
 use crate::config::Transport;
 use crate::config::firecracker as fc;
-use crate::machine::{DeviceId, Machine, Presence};
+use crate::machine::{DeviceId, Presence};
 use crate::observe::rfc3339;
 
 #[derive(Serialize)]
@@ -68,8 +67,8 @@ pub fn json(value: &impl Serialize) -> Answer {
 /// Firecracker's clients know three states.
 fn firecracker_state(state: &str) -> &'static str {
     match state {
-        super::owner::NOT_STARTED => "Not started",
-        "paused" => "Paused",
+        super::owner::NOT_STARTED | "starting" => "Not started",
+        "paused" | "saving" => "Paused",
         _ => "Running",
     }
 }
@@ -87,15 +86,20 @@ pub fn version(identity: &Identity) -> Answer {
     json(&Version { firecracker_version: identity.version })
 }
 
-pub fn description(plan: &Plan) -> Answer {
-    json(&fc::VmDescription { machine_config: Some(plan.machine_config()), ..plan.description.clone() })
+pub fn description(description: &fc::VmDescription) -> Answer {
+    let machine_config = Some(description.machine_config.unwrap_or_default());
+    json(&fc::VmDescription { machine_config, ..description.clone() })
 }
 
-pub fn vm(identity: &Identity, state: &str, plan: &Plan, machine: Option<&Machine>) -> Answer {
-    let config = plan.machine_config();
-    let description = &plan.description;
-    let devices = match machine {
-        Some(machine) => machine.devices().map(device).collect(),
+pub fn vm(
+    identity: &Identity,
+    state: &str,
+    description: &fc::VmDescription,
+    devices: Option<&[(DeviceId, Presence)]>,
+) -> Answer {
+    let config = description.machine_config.unwrap_or_default();
+    let devices = match devices {
+        Some(devices) => devices.iter().map(device).collect(),
         None => {
             let drives = description.drives.iter().map(|drive| ("disk", drive.drive_id.as_str()));
             let nics = description.network_interfaces.iter().map(|nic| ("nic", nic.iface_id.as_str()));
@@ -113,7 +117,7 @@ pub fn vm(identity: &Identity, state: &str, plan: &Plan, machine: Option<&Machin
     })
 }
 
-fn device<'a>((id, presence): (&'a DeviceId, Presence)) -> Device<'a> {
+fn device((id, presence): &(DeviceId, Presence)) -> Device<'_> {
     let (kind, id) = match id {
         DeviceId::Disk(id) => ("disk", id.as_str()),
         DeviceId::Nic(id) => ("nic", id.as_str()),

@@ -35,8 +35,9 @@ impl Vcpus {
     }
 
     /// What each has left the guest for.
-    pub fn exits(&self) -> impl Iterator<Item = &Exits> {
-        self.exits.iter().map(|exits| &**exits)
+    #[must_use]
+    pub fn exits(&self) -> &[Arc<Exits>] {
+        &self.exits
     }
 
     /// Starts each in a thread of its own, called `thread` and the vCPU's number.

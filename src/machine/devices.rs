@@ -19,7 +19,6 @@ use crate::backend::Limiter;
 use crate::config::{EntropyConfig, NetConfig, Transport};
 use crate::devices::{Front, rng};
 use crate::memory::Ram;
-use crate::observe::Traffic;
 use crate::platform::bus::shared;
 use crate::platform::interrupts::Interrupts;
 use crate::platform::layout::{self, MmioPlace};
@@ -375,8 +374,9 @@ impl Devices {
         all.filter(|(id, _)| !matches!(id, DeviceId::Entropy))
     }
 
-    pub fn entropy_traffic(&self) -> Option<&Traffic> {
-        self.entropy.as_ref().map(|limiter| &limiter.traffic)
+    /// Of the entropy device, if there is one.
+    pub fn entropy_limiter(&self) -> Option<&Arc<Limiter>> {
+        self.entropy.as_ref()
     }
 
     /// Brings all disks to rest.

@@ -9,16 +9,17 @@ use super::parts::{OpenDisk, OpenNic};
 use crate::backend::Limiter;
 use crate::config::{ConfigError, RateLimits, SavedDisk, SavedNic};
 use crate::devices::net::NetLimiters;
-use crate::observe::{Exits, Traffic};
+use crate::observe::Traffic;
 
 /// What limits the devices that the owner has names for.
-#[derive(Default)]
+#[derive(Default, Clone)]
 pub struct Limits {
     disks: Vec<(String, Arc<Limiter>)>,
     nics: Vec<(String, NicLimiters)>,
 }
 
 /// What limits a network card.
+#[derive(Clone)]
 pub enum NicLimiters {
     Both(NetLimiters),
     /// Nothing can: the host's kernel moves the frames of this tap.
@@ -62,7 +63,7 @@ impl Limits {
     }
 
     /// What each device has done: a disk, or a card in what the guest receives and in what it sends.
-    fn traffic(&self) -> impl Iterator<Item = (DeviceId, Vec<&Traffic>)> {
+    pub fn traffic(&self) -> impl Iterator<Item = (DeviceId, Vec<&Traffic>)> {
         let disks = self.disks.iter().map(|(id, disk)| (DeviceId::Disk(id.clone()), vec![&disk.traffic]));
         let nics = self.nics.iter().filter_map(|(id, nic)| match nic {
             NicLimiters::Both(nic) => Some((DeviceId::Nic(id.clone()), vec![&nic.rx.traffic, &nic.tx.traffic])),
@@ -94,22 +95,6 @@ impl Limits {
 }
 
 impl Machine {
-    /// What each device has done: a disk, or a card in what the guest receives and in what it sends.
-    pub fn traffic(&self) -> impl Iterator<Item = (DeviceId, Vec<&Traffic>)> {
-        self.limits.traffic()
-    }
-
-    /// The same of the entropy device, if there is one.
-    #[must_use]
-    pub fn entropy_traffic(&self) -> Option<&Traffic> {
-        self.devices.entropy_traffic()
-    }
-
-    /// What each vCPU has left the guest for.
-    pub fn exits(&self) -> impl Iterator<Item = &Exits> {
-        self.vcpus.exits()
-    }
-
     /// Changes the limits of a disk, at once also for what waits: a limit that is given replaces the one before, with a
     /// full bucket, or takes it away if it is none; what is absent stays as it is.
     ///

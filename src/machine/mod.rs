@@ -12,6 +12,7 @@ mod events;
 mod hotplug;
 mod lifecycle;
 mod limits;
+mod meters;
 mod parts;
 mod save;
 mod saved;
@@ -26,6 +27,7 @@ pub use self::devices::{DeviceBusy, DeviceId, DevicesStateV1, Presence, RestoreE
 pub use self::drive::Replacement;
 pub use self::error::{KvmError, MachineError, PlugError};
 pub use self::lifecycle::{End, State};
+pub use self::meters::Meters;
 pub use self::parts::{OpenDisk, OpenNic, Origin, Parts, SerialSetup, open_initrd, open_kernel};
 pub use self::save::{AtRest, SaveError};
 pub use self::saved::{MachineStateV1, StateError};

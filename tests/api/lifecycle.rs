@@ -130,7 +130,8 @@ fn events_tell_of_every_change() {
     let change = |from: &str, to: &str| (Some(from.to_owned()), to.to_owned());
     assert_eq!(next(), (None, "not started".into()));
     vm.boot_hello("end=button");
-    assert_eq!(next(), change("not started", "running"));
+    assert_eq!(next(), change("not started", "starting"));
+    assert_eq!(next(), change("starting", "running"));
     vm.patch("/vm", r#"{"state":"Paused"}"#);
     assert_eq!(next(), change("running", "paused"));
     vm.patch("/vm", r#"{"state":"Resumed"}"#);

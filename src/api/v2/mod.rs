@@ -109,7 +109,8 @@ fn parse<T: DeserializeOwned>(request: &Request) -> Result<T, Response> {
 pub fn serve(request: &Request, reply: Reply, owner: &CallSender) {
     match route(request) {
         Err(response) => reply.send(response),
-        Ok(Route::Call(call)) => owner.send(
+        // Nobody is to wait here for what another has asked for, as Firecracker's clients do.
+        Ok(Route::Call(call)) => owner.send_unless_busy(
             call,
             Box::new(move |answer| {
                 reply.send(match answer {
