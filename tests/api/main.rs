@@ -7,6 +7,7 @@ mod clients;
 mod command_line;
 mod devices;
 mod endings;
+mod golden;
 mod lifecycle;
 mod personality;
 mod rules;

@@ -1,6 +1,8 @@
 //! Runs the program under test, with a time limit on everything.
 #![allow(dead_code, reason = "each test binary uses its part")]
 
+pub mod worker;
+
 use std::fs::File;
 use std::io::{Read, Write};
 use std::path::{Path, PathBuf};
