@@ -4,6 +4,7 @@
 //! - [`queues`]: rings and requests in guest memory, served by a device's engine
 //! - [`pci`], [`mmio`]: accesses of a guest to a machine's devices
 //! - [`states`]: the saved state of a device
+//! - [`snapshots`]: a snapshot's documents
 //! - [`kernel`], [`package`], [`qcow2`], [`root`]: files, and disks that a guest brings
 //! - [`options`]: what a user types
 //! - [`http`]: what comes over the API's socket
@@ -21,6 +22,7 @@ mod queues;
 mod recorder;
 #[cfg(test)]
 mod seeds;
+mod snapshots;
 mod states;
 #[cfg(test)]
 mod tests;
@@ -32,4 +34,5 @@ pub use self::messages::http;
 pub use self::queues::queues;
 #[cfg(feature = "fuzzing")]
 pub use self::recorder::recorded;
+pub use self::snapshots::snapshots;
 pub use self::states::states;

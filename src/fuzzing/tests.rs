@@ -7,11 +7,12 @@ use super::*;
 /// A target of `fuzz/`, and what it drives.
 pub type Target = (&'static str, fn(&[u8]));
 
-pub const TARGETS: [Target; 10] = [
+pub const TARGETS: [Target; 11] = [
     ("queues", queues),
     ("pci", pci),
     ("mmio", mmio),
     ("states", states),
+    ("snapshots", snapshots),
     ("kernel", kernel),
     ("package", package),
     ("qcow2", qcow2),

@@ -156,7 +156,9 @@ fn copy(dir: &Path) -> Option<PathBuf> {
     for part in DOCUMENTS {
         fs::copy(from.join(part), path.join(part)).unwrap();
     }
-    fs::File::create(path.join("memory")).unwrap().set_len(64 << 20).unwrap();
+    let memory = fs::File::create(path.join("memory")).unwrap();
+    memory.set_len(64 << 20).unwrap();
+    memory.write_all_at(b"words", 0x1000).unwrap();
     Some(path)
 }
 
@@ -176,5 +178,45 @@ proptest! {
         let _ = Folder::open(&path).map(|folder| folder.verify());
         // Without the checksum in front.
         let _ = serde_json::from_slice::<SavedState>(&text);
+    }
+
+    /// One byte is another, in any file of a snapshot: the file is named.
+    #[test]
+    fn damage_is_found_where_it_is(part in 0usize..3, at in any::<prop::sample::Index>(), flip in 1u8.., cut in any::<bool>()) {
+        let dir = tempfile::tempdir().unwrap();
+        let Some(path) = copy(dir.path()) else { return Ok(()) };
+        let name = ["config.json", "state.json", "memory"][part];
+        let file = fs::File::options().read(true).write(true).open(path.join(name)).unwrap();
+        let at = at.index(file.metadata().unwrap().len() as usize) as u64;
+        if cut {
+            file.set_len(at).unwrap();
+        } else {
+            let mut byte = [0];
+            file.read_exact_at(&mut byte, at).unwrap();
+            file.write_all_at(&[byte[0] ^ flip], at).unwrap();
+        }
+        match Folder::open(&path).and_then(|folder| folder.verify()) {
+            // A person may change it.
+            Ok(changed) => prop_assert_eq!(changed, ["config.json"]),
+            Err(error) => prop_assert!(error.to_string().contains(&format!("{name} ")), "{}", error),
+        }
+    }
+
+    /// What a manifest says of the others has to be so.
+    #[test]
+    fn a_manifest_that_was_changed_says_the_same_or_is_refused(at in any::<prop::sample::Index>(), flip in 1u8..) {
+        let dir = tempfile::tempdir().unwrap();
+        let Some(path) = copy(dir.path()) else { return Ok(()) };
+        let parts = |path: &Path| Folder::read_manifest(path).unwrap().parts;
+        let before = parts(&path);
+        let mut text = fs::read(path.join("manifest.json")).unwrap();
+        let at = at.index(text.len());
+        text[at] ^= flip;
+        fs::write(path.join("manifest.json"), text).unwrap();
+        match Folder::open(&path).and_then(|folder| folder.verify()) {
+            Ok(changed) if changed.is_empty() => prop_assert_eq!(parts(&path), before),
+            Ok(_) => {}
+            Err(error) => prop_assert!(error.hint().is_some()),
+        }
     }
 }

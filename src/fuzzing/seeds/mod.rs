@@ -7,6 +7,7 @@ mod devices;
 mod disks;
 mod files;
 mod messages;
+mod snapshots;
 mod states;
 
 use std::fs::File;
