@@ -17,7 +17,7 @@ use super::signals::Signals;
 use super::start_error::StartError;
 use crate::backend::{HostFiles, OpenDirectly};
 use crate::config::{Override, SerialConfig, Transport};
-use crate::control::{Identity, Owner};
+use crate::control::{Identity, Owner, Revival};
 use crate::machine::{End, MachineError};
 use crate::memory::release_startup_code;
 use crate::observe::{Timeline, init_log};
@@ -105,7 +105,7 @@ fn run_to_end(args: &RestoreArgs, timeline: &Arc<Timeline>) -> Result<End, Start
         ClockArg::Continue => Clock::Continue,
         ClockArg::Advance => Clock::Advance,
     };
-    owner.restore(snapshot, clock)?;
+    owner.restore(snapshot, Revival { clock, track_writes: false })?;
     let mut console = Console::open(&args.serial, &*host).map_err(|source| match &args.serial {
         SerialConfig::Socket(path) => MachineError::Serial { path: path.clone(), source },
         _ => MachineError::Host { what: "use the terminal", source },

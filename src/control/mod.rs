@@ -24,5 +24,5 @@ pub use self::calls::{CallSender, Calls, Listener, Message, calls};
 pub use self::fault::{Fault, FaultKind};
 pub use self::metrics::ApiCounts;
 pub use self::owner::{FIRECRACKER_VERSION, Identity, Owner};
-pub use self::snapshots::{RestoreRequest, SnapshotRequest, SnapshotTimes};
+pub use self::snapshots::{RestoreRequest, Revival, SnapshotRequest, SnapshotTimes};
 pub use self::view::{View, Work};

@@ -231,8 +231,11 @@ impl Plan {
     }
 
     /// Describes a VM that was saved: as its clients did, on the files and networks it has now.
-    pub fn describe_saved(&mut self, description: &fc::VmDescription, config: &SavedVm) {
+    pub fn describe_saved(&mut self, description: &fc::VmDescription, config: &SavedVm, tracks_writes: bool) {
         self.description = description.clone();
+        if let Some(machine) = &mut self.description.machine_config {
+            machine.track_dirty_pages = tracks_writes;
+        }
         for drive in &mut self.description.drives {
             if let Some(disk) = config.disks.iter().find(|disk| disk.name == drive.drive_id) {
                 drive.path_on_host = Some(disk.config.path.clone());
@@ -291,6 +294,7 @@ impl Plan {
             cpu_changes,
             memory: MemorySize(machine.mem_size_mib << 20),
             memory_pages: machine.memory_pages(),
+            track_writes: machine.track_dirty_pages,
             disks,
             nics,
             entropy: self

@@ -16,6 +16,7 @@ use super::{Answer, Answerer, Fault, Work};
 use crate::config::Override;
 use crate::config::firecracker as fc;
 use crate::machine::{Machine, MachineError, Origin, Parts, Pause, SaveError, SerialSetup, State};
+use crate::memory::written::Written;
 use crate::platform::chips::Clock;
 use crate::snapshot::{Folder, NewFiles, NewFolder, NewSnapshot, Saved, SavedState, Snapshot, SnapshotError};
 
@@ -73,33 +74,69 @@ pub(super) struct Saving {
     stop: bool,
     /// What becomes of it if not.
     resume: bool,
+    written: Option<Written>,
     answerer: Answerer,
 }
 
-/// What has been written; for how long the VM stood still; and whether it is to go on if the rest fails.
-type Begun = (NewSnapshot, Saved, Duration, bool);
+/// What has been written, and has to be brought to stable storage.
+struct Begun {
+    new: NewSnapshot,
+    saved: Saved,
+    /// Pages that count as kept, in a chain of differences.
+    written: Option<Written>,
+    pause: Duration,
+    /// Is the VM to go on if the rest fails?
+    resume: bool,
+}
+
+/// What of memory goes into a snapshot.
+#[derive(Clone, Copy)]
+enum Extent {
+    /// All of it, apart from any chain of differences.
+    All,
+    /// All of it, and the differences that come refer to it.
+    Base,
+    Differences,
+}
+
+/// How a saved VM is to go on.
+#[derive(Debug, Clone, Copy, Default)]
+pub struct Revival {
+    pub clock: Clock,
+    /// Is account kept of the pages that it writes?
+    pub track_writes: bool,
+}
 
 impl Owner {
     pub(super) fn snapshot(&mut self, request: &SnapshotRequest, answerer: Answerer) {
         let begun = Instant::now();
         let new = || NewFolder::begin(&request.path).map(NewSnapshot::Folder);
-        let begin = self.at_work(Work::Saving, |owner| owner.begin_snapshot(new, request.stop, begun));
+        let begin = self.at_work(Work::Saving, |owner| owner.begin_snapshot(new, Extent::All, request.stop, begun));
         self.go_on_saving(begin, begun, request.stop, answerer);
     }
 
     /// The same in two files, of a VM that is paused and stays so.
     pub(super) fn snapshot_to_files(&mut self, request: &fc::SnapshotCreate, answerer: Answerer) {
         let begun = Instant::now();
-        if request.snapshot_type == fc::SnapshotType::Diff {
-            return answerer(Err(Fault::Missing("A snapshot of type Diff")));
-        }
+        let extent = match request.snapshot_type {
+            fc::SnapshotType::Full => Extent::Base,
+            fc::SnapshotType::Diff => Extent::Differences,
+        };
         let paused = self.machine.as_ref().is_some_and(|machine| matches!(machine.state(), State::Paused { .. }));
         if !paused {
             let text = "A snapshot is made of a paused microVM: PATCH /vm first.";
             return answerer(Err(Fault::Conflict(text.into())));
         }
-        let new = || NewFiles::begin(&request.snapshot_path, &request.mem_file_path).map(NewSnapshot::Files);
-        let begin = self.at_work(Work::Saving, |owner| owner.begin_snapshot(new, false, begun));
+        let merge_with = match (extent, &self.machine) {
+            (Extent::Differences, Some(machine)) => Some(machine.memory_bytes()),
+            _ => None,
+        };
+        let new = || {
+            let new = NewFiles::begin(&request.snapshot_path, &request.mem_file_path)?;
+            merge_with.map_or(Ok(()), |bytes| new.begin_with_what_is_there(bytes))?;
+            Ok(NewSnapshot::Files(new))
+        };
+        let begin = self.at_work(Work::Saving, |owner| owner.begin_snapshot(new, extent, false, begun));
         let done = Box::new(|answer: Result<_, _>| answerer(answer.map(|_| Answer::Done)));
         self.go_on_saving(begin, begun, false, done);
     }
@@ -107,7 +144,7 @@ impl Owner {
     /// Has a thread bring to stable storage what has been written.
     fn go_on_saving(&mut self, begin: Result<Begun, Fault>, begun: Instant, stop: bool, answerer: Answerer) {
         match begin {
-            Ok((new, saved, pause, resume)) => {
+            Ok(Begun { new, saved, written, pause, resume }) => {
                 let waker = self.machine.as_ref().map(Machine::waker);
                 let (sender, result) = mpsc::sync_channel(1);
                 let write = move || {
@@ -119,24 +156,29 @@ impl Owner {
                 };
                 match std::thread::Builder::new().name("snapshot".into()).spawn(write) {
                     Ok(_) => {
-                        self.saving = Some(Saving { result, begun, pause, stop, resume, answerer });
+                        self.saving = Some(Saving { result, begun, pause, stop, resume, written, answerer });
                     }
                     Err(source) => {
+                        self.give_back(written.as_ref());
                         self.go_on(resume);
                         answerer(Err(MachineError::Host { what: "write a snapshot", source }.into()));
                     }
                 }
             }
-            Err(fault) => answerer(Err(fault)),
+            Err(fault) => {
+                // Whoever hears of it may ask for the next thing at once.
+                self.follow();
+                answerer(Err(fault));
+            }
         }
         self.follow();
     }
 
-    /// Writes what has to be written while the VM stands still. Returns for how long it did, and whether it is to go on if
-    /// the rest fails.
+    /// Writes what has to be written while the VM stands still.
     fn begin_snapshot(
         &mut self,
         new: impl FnOnce() -> Result<NewSnapshot, SnapshotError>,
+        extent: Extent,
         stop: bool,
         begun: Instant,
     ) -> Result<Begun, Fault> {
@@ -159,15 +201,28 @@ impl Owner {
         self.handle_events();
         let machine = self.machine.as_mut().ok_or(Fault::BeforeStart)?;
         let saved = machine.at_rest(|rest| {
-            rest.write_memory(new.memory())?;
+            // The state first: what was written counts as kept once memory is.
             let state = SavedState { machine: rest.state()?, description };
-            Ok::<_, SaveError>(Saved { config: rest.config(), state })
+            let saved = Saved { config: rest.config(), state };
+            let written = match extent {
+                Extent::All => rest.write_memory(new.memory()).map(|()| None),
+                Extent::Base => rest.write_base(new.memory()).map(Some),
+                Extent::Differences => rest.write_differences(new.memory()).map(Some),
+            };
+            Ok::<_, SaveError>((saved, written?))
         });
         if saved.is_err() || !stop {
             self.go_on(!was_paused);
         }
         let pause = if was_paused || stop { Duration::ZERO } else { begun.elapsed() };
-        Ok((new, saved?, pause, !was_paused && stop))
+        let (saved, written) = saved?;
+        Ok(Begun { new, saved, written, pause, resume: !was_paused && stop })
+    }
+
+    fn give_back(&self, written: Option<&Written>) {
+        if let (Some(machine), Some(written)) = (&self.machine, written) {
+            machine.give_back_written(written);
+        }
     }
 
     fn go_on(&mut self, resume: bool) {
@@ -192,7 +247,7 @@ impl Owner {
                 Err(TryRecvError::Disconnected) => lost(),
             },
         };
-        let Some(Saving { begun, pause, stop, resume, answerer, .. }) = self.saving.take() else { return };
+        let Some(Saving { begun, pause, stop, resume, written, answerer, .. }) = self.saving.take() else { return };
         let micros = |time: Duration| time.as_micros().try_into().unwrap_or(u64::MAX);
         match result {
             Ok(()) => {
@@ -203,6 +258,7 @@ impl Owner {
                 answerer(Ok(super::views::json(&times)));
             }
             Err(error) => {
+                self.give_back(written.as_ref());
                 self.go_on(resume);
                 answerer(Err(error.into()));
             }
@@ -213,18 +269,20 @@ impl Owner {
     ///
     /// # Errors
     /// What is missing, or does not go together; it can be tried again then.
-    pub fn restore(&mut self, snapshot: Snapshot, clock: Clock) -> Result<(), Fault> {
-        self.at_work(Work::Starting, |owner| owner.build_saved(snapshot, clock))
+    pub fn restore(&mut self, snapshot: Snapshot, revival: Revival) -> Result<(), Fault> {
+        self.at_work(Work::Starting, |owner| owner.build_saved(snapshot, revival))
     }
 
-    fn build_saved(&mut self, snapshot: Snapshot, clock: Clock) -> Result<(), Fault> {
+    fn build_saved(&mut self, snapshot: Snapshot, revival: Revival) -> Result<(), Fault> {
+        let Revival { clock, track_writes } = revival;
         let Snapshot { config, state, memory, .. } = snapshot;
         let console = SerialSetup::open(&self.console, &*self.host)?;
         let origin = Origin::Saved { state: Box::new(state.machine), memory, clock };
         let parts = Parts::of_saved(&config, origin, console, self.identity.vcpu_thread, &*self.host)?;
+        let parts = Parts { track_writes, ..parts };
         self.machine = Some(Machine::build(parts, &*self.host, &self.timeline)?);
         Arc::make_mut(&mut self.identity).transport = config.transport;
-        self.plan.describe_saved(&state.description, &config);
+        self.plan.describe_saved(&state.description, &config, track_writes);
         Ok(())
     }
 
@@ -256,7 +314,7 @@ impl Owner {
             tap.apply(&mut snapshot.config).map_err(|error| Fault::Conflict(error.to_string()))?;
         }
         let clock = if load.clock_realtime { Clock::Advance } else { Clock::Continue };
-        self.restore(snapshot, clock)?;
+        self.restore(snapshot, Revival { clock, track_writes: load.track_dirty_pages })?;
         if load.resume_vm { self.resume() } else { Ok(()) }
     }
 
@@ -270,7 +328,7 @@ impl Owner {
             let change: Override = format!("{place}={value}").parse().map_err(Fault::Override)?;
             change.apply(&mut snapshot.config).map_err(Fault::Override)?;
         }
-        self.restore(snapshot, request.clock)?;
+        self.restore(snapshot, Revival { clock: request.clock, track_writes: false })?;
         if request.resume { self.resume() } else { Ok(()) }
     }
 

@@ -6,7 +6,9 @@
 use std::fs::File;
 use std::sync::{Arc, Mutex};
 
-use kvm_bindings::{KVM_API_VERSION, KVM_PIT_SPEAKER_DUMMY, kvm_pit_config, kvm_userspace_memory_region};
+use kvm_bindings::{
+    KVM_API_VERSION, KVM_MEM_LOG_DIRTY_PAGES, KVM_PIT_SPEAKER_DUMMY, kvm_pit_config, kvm_userspace_memory_region,
+};
 use kvm_ioctls::{Cap, Kvm, VmFd};
 use vm_memory::{GuestMemoryBackend, GuestMemoryRegion};
 
@@ -17,7 +19,7 @@ use super::error::{KvmError, MachineError};
 use super::events::EventQueue;
 use super::lifecycle::State;
 use super::limits::Limits;
-use super::parts::{Origin, Parts, SerialSetup};
+use super::parts::{OpenNic, Origin, Parts, SerialSetup};
 use super::saved::MachineStateV1;
 use crate::backend::{HostFile, HostFiles};
 use crate::boot::{self, BootSource, KernelCache};
@@ -45,6 +47,7 @@ impl Machine {
         parts.memory_pages.check(memory)?;
         let topology = Topology { cpus, threads_per_core: parts.threads_per_core };
         let changes = parts.cpu_changes;
+        let logs_writes = parts.track_writes;
         let Parts { origin, disks, nics, entropy, serial, transport, vcpu_thread, .. } = parts;
         let kvm = open_kvm(host, cpus, &changes)?;
         let vm = Arc::new(kvm.create_vm().map_err(KvmError::call("create a VM"))?);
@@ -56,7 +59,7 @@ impl Machine {
             (Origin::Kernel { .. }, MemoryPages::Huge) => memory::huge_pages(&ranges)?,
             (Origin::Saved { memory, .. }, _) => memory::saved::map(memory, &ranges)?,
         };
-        map_memory(&vm, &ram)?;
+        map_memory(&vm, &ram, logs_writes)?;
         timeline.mark(Milestone::MemoryMapped);
 
         create_interrupt_controllers(&vm)?;
@@ -88,6 +91,7 @@ impl Machine {
         let interrupts = Arc::new(Interrupts::new(vm.clone()));
         let (event_device, serial) = attach_platform(&board, &news, &interrupts, serial, timeline, saved.as_deref())?;
         let limits = Limits::of(&disks, &nics);
+        let knows_writes = logs_writes && !nics.iter().any(OpenNic::writes_behind_our_back);
         let opened = Opened { disks, nics, entropy };
         let devices = match &saved {
             None => Devices::attach(opened, transport, &ram, &board, &interrupts, window_64)?,
@@ -106,6 +110,7 @@ impl Machine {
             events,
             devices,
             limits,
+            knows_writes,
             window_64,
             transport,
             kvm,
@@ -184,11 +189,11 @@ fn check_capabilities(changes: &CpuChanges, has: impl Fn(u32) -> bool) -> Result
 }
 
 #[expect(unsafe_code, reason = "KVM is handed raw addresses")]
-fn map_memory(vm: &VmFd, ram: &Ram) -> Result<(), KvmError> {
+fn map_memory(vm: &VmFd, ram: &Ram, logs_writes: bool) -> Result<(), KvmError> {
     for (slot, region) in (0..).zip(ram.iter()) {
         let slot = kvm_userspace_memory_region {
             slot,
-            flags: 0,
+            flags: if logs_writes { KVM_MEM_LOG_DIRTY_PAGES } else { 0 },
             guest_phys_addr: region.start_addr().0,
             memory_size: region.len(),
             userspace_addr: region.as_ptr() as u64,

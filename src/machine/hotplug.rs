@@ -37,7 +37,10 @@ impl Machine {
     pub fn plug_nic(&mut self, nic: OpenNic) -> Result<(), MachineError> {
         self.check_started("to plug in a network card")?;
         let limits = Limits::of(&[], std::slice::from_ref(&nic));
+        let writes_unknown = nic.writes_behind_our_back();
         let slot = self.devices.plug_nic(nic)?;
+        // For good: what it has written stays when it is gone.
+        self.knows_writes &= !writes_unknown;
         self.limits.add(limits);
         self.announce(slot);
         Ok(())

@@ -77,6 +77,8 @@ pub struct Machine {
     events: Arc<EventQueue>,
     devices: Devices,
     limits: Limits,
+    /// Are all pages known that have been written?
+    knows_writes: bool,
     window_64: Option<(u64, u64)>,
     transport: Transport,
     kvm: Kvm,

@@ -33,6 +33,8 @@ pub struct Parts {
     pub cpu_changes: CpuChanges,
     pub memory: MemorySize,
     pub memory_pages: MemoryPages,
+    /// Is account kept of the pages that are written?
+    pub track_writes: bool,
     /// Guests number disks, then network cards, in this order.
     pub disks: Vec<OpenDisk>,
     pub nics: Vec<OpenNic>,
@@ -86,6 +88,7 @@ impl Parts {
             cpu_changes: CpuChanges::default(),
             memory: config.memory,
             memory_pages: config.memory_pages,
+            track_writes: false,
             disks,
             nics,
             entropy: config.entropy.clone(),
@@ -123,6 +126,7 @@ impl Parts {
             cpu_changes: CpuChanges::default(),
             memory: config.memory,
             memory_pages: MemoryPages::Transparent,
+            track_writes: false,
             disks,
             nics,
             entropy: config.entropy.clone(),
@@ -258,6 +262,11 @@ impl OpenNic {
     /// Has the card be one that a guest knows already, or refuse.
     pub(super) fn keep_shape(&mut self, shape: NetShapeV1) {
         self.options.shape = Some(shape);
+    }
+
+    /// Does the host's kernel write into guest memory by itself, which nobody keeps account of?
+    pub(super) fn writes_behind_our_back(&self) -> bool {
+        matches!(&self.wire, Wire::Tap(_, vhosts) if !vhosts.is_empty())
     }
 
     pub(super) fn config(&self) -> &NetConfig {

@@ -5,6 +5,7 @@ use std::io;
 use std::time::{Duration, Instant};
 
 use thiserror::Error;
+use vm_memory::GuestMemoryBackend;
 
 use super::devices::DeviceBusy;
 use super::saved::{MachineStateV1, Versioned};
@@ -12,6 +13,7 @@ use super::{KvmError, Machine, MachineError, State};
 use crate::config::{MemorySize, SavedVm};
 use crate::cpu::StateShape;
 use crate::memory;
+use crate::memory::written::Written;
 use crate::platform::chips::ChipsStateV1;
 
 /// How long requests in hand may take that have to end before a machine is at rest.
@@ -59,6 +61,38 @@ impl Machine {
             self.devices.resume();
         }
         saved
+    }
+}
+
+impl Machine {
+    /// Pages count as not written if `keep` succeeds with them.
+    fn take_written(&self, keep: impl FnOnce(&Written) -> io::Result<()>) -> Result<Written, SaveError> {
+        if self.knows_writes {
+            for (slot, region) in (0..).zip(self.ram.iter()) {
+                let log = self.vm.get_dirty_log(slot, region.size());
+                let log = log.map_err(KvmError::call("tell which pages were written"))?;
+                memory::written::note(&self.ram, slot as usize, &log);
+            }
+        }
+        let written = Written::take(&self.ram);
+        match keep(&written) {
+            Ok(()) => Ok(written),
+            Err(error) => {
+                written.give_back(&self.ram);
+                Err(SaveError::Memory(error))
+            }
+        }
+    }
+
+    /// What was written has not been kept after all.
+    pub fn give_back_written(&self, written: &Written) {
+        written.give_back(&self.ram);
+    }
+
+    /// Bytes of the guest's memory.
+    #[must_use]
+    pub fn memory_bytes(&self) -> u64 {
+        memory::total_bytes(&self.ram)
     }
 }
 
@@ -113,5 +147,26 @@ impl AtRest<'_> {
     /// The host's.
     pub fn write_memory(&self, file: &File) -> Result<(), SaveError> {
         memory::saved::save(&self.0.ram, file).map_err(SaveError::Memory)
+    }
+
+    /// As [`Self::write_memory`], and differences count from here on. Returns what did before, for whom this fails later.
+    ///
+    /// # Errors
+    /// As there.
+    pub fn write_base(&self, file: &File) -> Result<Written, SaveError> {
+        self.0.take_written(|_| memory::saved::save(&self.0.ram, file))
+    }
+
+    /// Writes those pages over a file that may have been written since the last base or differences; or, if no account
+    /// was kept, since the guest's memory was made, or mapped from a file. Else as [`Self::write_base`].
+    ///
+    /// # Errors
+    /// As there.
+    pub fn write_differences(&self, file: &File) -> Result<Written, SaveError> {
+        file.set_len(memory::total_bytes(&self.0.ram)).map_err(SaveError::Memory)?;
+        self.0.take_written(|written| match self.0.knows_writes {
+            true => written.save(&self.0.ram, file),
+            false => memory::written::save_own(&self.0.ram, file),
+        })
     }
 }

@@ -55,6 +55,7 @@ fn parts(guest: &[u8], cpus: u8) -> Parts {
         cpu_changes: Default::default(),
         memory: MemorySize(64 << 20),
         memory_pages: Default::default(),
+        track_writes: false,
         disks: Vec::new(),
         nics: Vec::new(),
         entropy: None,

@@ -30,6 +30,30 @@ impl DirtyBitmap {
         let words = <[AtomicU64]>::new_box_zeroed_with_elems(pages.div_ceil(64).max(LAZY_WORDS)).ok()?;
         Some(Self { words, pages })
     }
+
+    /// Marks pages by the bits of `words`; those beyond the last page mean nothing.
+    pub fn mark_words(&self, words: &[u64]) {
+        let last = self.pages.div_ceil(64);
+        for (number, (word, &bits)) in self.words[..last].iter().zip(words).enumerate() {
+            let bits = match self.pages - number * 64 {
+                pages @ ..64 => bits & ((1 << pages) - 1),
+                _ => bits,
+            };
+            if bits != 0 {
+                word.fetch_or(bits, Ordering::SeqCst);
+            }
+        }
+    }
+
+    /// All words, which are clean from then on.
+    pub fn take_words(&self) -> Box<[u64]> {
+        let take = |word: &AtomicU64| match word.load(Ordering::Acquire) {
+            // Without making it the kernel's to give a page for.
+            0 => 0,
+            _ => word.swap(0, Ordering::AcqRel),
+        };
+        self.words[..self.pages.div_ceil(64)].iter().map(take).collect()
+    }
 }
 
 impl NewBitmap for DirtyBitmap {

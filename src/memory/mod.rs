@@ -5,6 +5,7 @@ mod huge;
 mod iobuf;
 pub mod saved;
 mod startup;
+pub mod written;
 
 use std::num::NonZeroUsize;
 use std::sync::Arc;

@@ -160,7 +160,7 @@ fn is_zero(mapping: &MmapRegion<DirtyBitmap>, offset: usize) -> bool {
     })
 }
 
-fn write_all(
+pub(super) fn write_all(
     mapping: &MmapRegion<DirtyBitmap>,
     mut from: usize,
     mut len: usize,
@@ -219,7 +219,7 @@ const IS_ZERO_PAGE: u64 = 1 << 5;
 
 /// Calls `each` for runs of pages that are the mapping's own: that somebody has written to, and not those that lie in
 /// a file behind it.
-fn for_each_own(
+pub(super) fn for_each_own(
     pagemap: &File,
     range: Range<usize>,
     each: &mut dyn FnMut(Range<usize>) -> io::Result<()>,

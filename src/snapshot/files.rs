@@ -10,6 +10,7 @@ use super::folder::{beside, parent, parse, read_document};
 use super::manifest;
 use super::{Saved, SavedState, Snapshot, SnapshotError};
 use crate::config::SavedVm;
+use crate::memory::saved::copy_data;
 
 const FORMAT: &str = "tranche-snapshot-file";
 
@@ -41,6 +42,25 @@ impl NewFiles {
         let memory = OpenOptions::new().read(true).write(true).create(true).truncate(true).open(&partial);
         let memory = memory.map_err(|source| SnapshotError::Write { path: memory_path.to_owned(), source })?;
         Ok(Self { state_path: state_path.to_owned(), memory_path: memory_path.to_owned(), memory })
+    }
+
+    /// Takes over what is in the memory's file, if it is one of so many bytes: what is written then goes over it.
+    ///
+    /// # Errors
+    /// The host's.
+    pub fn begin_with_what_is_there(&self, bytes: u64) -> Result<(), SnapshotError> {
+        let take_over = |there: File| {
+            if there.metadata()?.len() != bytes {
+                return Ok(());
+            }
+            self.memory.set_len(bytes)?;
+            copy_data(&there, &self.memory, 0..bytes)
+        };
+        match File::open(&self.memory_path) {
+            Err(error) if error.kind() == io::ErrorKind::NotFound => Ok(()),
+            there => there.and_then(take_over),
+        }
+        .map_err(|source| SnapshotError::Write { path: self.memory_path.clone(), source })
     }
 
     #[must_use]

@@ -7,6 +7,7 @@ use std::time::{Duration, Instant};
 use serde_json::{Value, json};
 use tempfile::tempdir;
 
+use crate::support::worker::Worker;
 use crate::support::{Ended, Running, disk_with, not_tested, tranche};
 use crate::vm::{LIMIT, Vm, drive, firecracker, vmm};
 
@@ -228,7 +229,7 @@ fn a_full_disk_costs_the_snapshot_and_not_the_vm() {
     vm.kill().expect_code(5);
 }
 
-/// Kills a VM while it is saved, at every moment that time allows.
+/// Kills a VM while it is saved, at every moment that time allows. `TRANCHE_KILL_ROUNDS` (30) says how many of them.
 #[test]
 fn a_killed_save_leaves_what_was_there_and_nothing_else() {
     let files = tempdir().unwrap();
@@ -237,18 +238,20 @@ fn a_killed_save_leaves_what_was_there_and_nothing_else() {
     snapshot(&first, &earlier, false);
     first.kill().expect_code(5);
     let new: PathBuf = files.path().join("new");
-    // The last ones have all the time they need.
-    for round in 0..30u32 {
-        let moment = Duration::from_micros(200) * round + Duration::from_secs(u64::from(round >= 28));
+    let rounds = std::env::var("TRANCHE_KILL_ROUNDS").map_or(30, |rounds| rounds.parse().unwrap());
+    for round in 0..rounds {
+        // The last ones have all the time they need.
+        let in_time = round + 2 >= rounds;
+        let moment = match in_time {
+            true => Duration::from_secs(1),
+            false => Duration::from_micros(5600) * round / rounds,
+        };
         let vm = echoing(vmm());
         let body = json!({ "path": new, "stop": false }).to_string();
-        let socket = vm.socket.clone();
-        let asked = std::thread::spawn(move || {
-            let mut client = tranche::api::client::Client::connect(&socket).unwrap();
-            client.request("PUT", "/v2/vm/snapshot", Some(body.as_bytes())).is_ok()
-        });
+        let mut client = tranche::api::client::Client::connect(&vm.socket).unwrap();
+        let asked = std::thread::spawn(move || client.request("PUT", "/v2/vm/snapshot", Some(body.as_bytes())).is_ok());
         let begun = Instant::now();
-        while begun.elapsed() < moment && !(round >= 28 && asked.is_finished()) {
+        while begun.elapsed() < moment && !(in_time && asked.is_finished()) {
             std::thread::yield_now();
         }
         vm.running.signal(rustix::process::Signal::KILL);
@@ -301,4 +304,106 @@ fn a_snapshot_goes_on_in_a_process_that_waits_for_it() {
     second.put("/v2/vm/restore", &json!({ "path": dir, "clock": "advance" }).to_string());
     assert_eq!(second.get("/")["state"], "Running");
     goes_on(second.running);
+}
+
+/// What a client asks for that keeps account of written pages.
+fn create_files(vm: &Vm, state: &Path, memory: &Path, kind: &str) {
+    let body = json!({ "snapshot_path": state, "mem_file_path": memory, "snapshot_type": kind });
+    vm.put("/snapshot/create", &body.to_string());
+}
+
+fn load_files(state: &Path, memory: &Path, track: bool) -> String {
+    let backend = json!({ "backend_type": "File", "backend_path": memory });
+    let load = json!({ "snapshot_path": state, "mem_backend": backend, "track_dirty_pages": track, "resume_vm": true });
+    load.to_string()
+}
+
+/// Lays the pages of one memory file over those of another.
+fn merge(base: &Path, diff: &Path) {
+    let (from, to) = (std::fs::File::open(diff).unwrap(), std::fs::File::options().write(true).open(base).unwrap());
+    assert_eq!(from.metadata().unwrap().len(), to.metadata().unwrap().len());
+    let len = from.metadata().unwrap().len();
+    tranche::memory::saved::copy_data(&from, &to, 0..len).unwrap();
+}
+
+fn blocks(path: &Path) -> u64 {
+    use std::os::unix::fs::MetadataExt;
+    std::fs::metadata(path).unwrap().blocks() * 512
+}
+
+/// A guest that writes, and has a disk write, into 4 MiB of memory.
+fn working(files: &Path, track: bool) -> (Vm, Worker) {
+    let vm = Vm::start(firecracker());
+    let disk = disk_with(files, "disk", &Worker::disk(1 << 20));
+    vm.put("/machine-config", &json!({ "vcpu_count": 1, "mem_size_mib": 128, "track_dirty_pages": track }).to_string());
+    vm.put("/drives/data", &drive("data", false, &disk));
+    vm.put_kernel("worker", "kib=4096 disk=1 transport=mmio");
+    vm.act("InstanceStart");
+    vm.running.output.wait_for("ready\n", LIMIT);
+    (vm, Worker::new(4096, Worker::disk(1 << 20)))
+}
+
+const PAUSED: &str = r#"{"state":"Paused"}"#;
+const RESUMED: &str = r#"{"state":"Resumed"}"#;
+
+#[test]
+fn differences_over_a_base_are_all_of_memory() {
+    for track in [true, false] {
+        let files = tempdir().unwrap();
+        let path = |name: &str| files.path().join(name);
+        let (mut vm, mut worker) = working(files.path(), track);
+        assert_eq!(vm.get("/machine-config")["track_dirty_pages"], track);
+        worker.tell(&mut vm.running, "wdz");
+        worker.check(&mut vm.running);
+        vm.patch("/vm", PAUSED);
+        let (base, full, diff) = (path("base"), path("full"), path("diff"));
+        create_files(&vm, &path("state"), &base, "Full");
+        for (round, letters) in ["w", "zzd", "ddddwz", ""].into_iter().enumerate() {
+            vm.patch("/vm", RESUMED);
+            worker.tell(&mut vm.running, letters);
+            worker.check(&mut vm.running);
+            vm.patch("/vm", PAUSED);
+            if round == 2 {
+                // What fails takes nothing away from the next.
+                let body =
+                    json!({ "snapshot_path": "/nowhere/s", "mem_file_path": path("lost"), "snapshot_type": "Diff" });
+                vm.expect_fault("PUT", "/snapshot/create", &body.to_string(), "/nowhere/s");
+                assert!(!path("lost").exists());
+            }
+            create_files(&vm, &path("state"), &diff, "Diff");
+            // Not what is a base for those that come, as it is made apart from them.
+            snapshot(&vm, &full, false);
+            if track {
+                assert!(blocks(&diff) < 1 << 20, "{} bytes", blocks(&diff));
+            }
+            merge(&base, &diff);
+            assert!(std::fs::read(&base).unwrap() == std::fs::read(full.join("memory")).unwrap(), "{track}, {round}");
+            std::fs::remove_dir_all(&full).unwrap();
+            std::fs::remove_file(&diff).unwrap();
+        }
+        drop(vm.kill());
+
+        let mut second = Vm::start(firecracker());
+        second.put("/snapshot/load", &load_files(&path("state"), &base, track));
+        assert_eq!(second.get("/machine-config")["track_dirty_pages"], track);
+        worker.check(&mut second.running);
+        worker.tell(&mut second.running, "wzd");
+        worker.check(&mut second.running);
+        second.patch("/vm", PAUSED);
+        // Over the file that it runs on: merged, and in the place of it.
+        create_files(&second, &path("state"), &base, "Diff");
+        snapshot(&second, &full, false);
+        assert!(std::fs::read(&base).unwrap() == std::fs::read(full.join("memory")).unwrap(), "{track}");
+        let mut twin = worker.clone();
+        second.patch("/vm", RESUMED);
+        worker.tell(&mut second.running, "dwz");
+        worker.check(&mut second.running);
+        drop(second.kill());
+
+        let mut third = Vm::start(firecracker());
+        third.put("/snapshot/load", &load_files(&path("state"), &base, false));
+        twin.tell(&mut third.running, "dw");
+        twin.check(&mut third.running);
+        third.kill().expect_code(0);
+    }
 }

@@ -26,7 +26,7 @@ impl Worker {
 
     /// The contents of a disk that is no two sectors alike.
     pub fn disk(len: usize) -> Vec<u8> {
-        (0..len as u64 / 8).flat_map(|i| (i * 0x0001_0203_0507_0b0d + 1).to_le_bytes()).collect()
+        (0..len as u64 / 8).flat_map(|i| (i.wrapping_mul(0x0001_0203_0507_0b0d) + 1).to_le_bytes()).collect()
     }
 
     /// Tells the guest some letters, and does the same.

@@ -66,7 +66,8 @@ pub struct SnapshotLoad {
     /// Deprecated.
     #[cfg_attr(test, schema(value_type = Option<String>))]
     pub mem_file_path: Option<PathBuf>,
-    #[serde(default)]
+    /// Also by the name that it had once.
+    #[serde(default, alias = "enable_diff_snapshots")]
     pub track_dirty_pages: bool,
     #[serde(default)]
     pub resume_vm: bool,
