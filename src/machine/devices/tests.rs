@@ -173,8 +173,8 @@ fn all_devices_are_where_and_what_they_were() {
         devices.suspend(soon()).unwrap();
         devices.resume();
         pc.wait_used(1);
-        pc.request(1);
         devices.suspend(soon()).unwrap();
+        pc.request(1);
         let saved = devices.save();
         drop((devices, pc));
 
