@@ -23,6 +23,8 @@ pub enum HostFile {
     },
     /// `/dev/net/tun`, not yet attached to an interface.
     Tun,
+    /// `/dev/userfaultfd`.
+    Userfault,
     /// `/dev/vhost-net`, without an owner.
     VhostNet,
     /// A file the serial port writes to: created, or emptied.
@@ -36,6 +38,7 @@ impl fmt::Display for HostFile {
         match self {
             Self::Kvm => f.write_str("/dev/kvm"),
             Self::Tun => f.write_str("/dev/net/tun"),
+            Self::Userfault => f.write_str("/dev/userfaultfd"),
             Self::VhostNet => f.write_str("/dev/vhost-net"),
             Self::BootFile(path) | Self::SerialOutput(path) | Self::Log(path) | Self::Disk { path, .. } => {
                 write!(f, "{}", path.display())
@@ -61,6 +64,12 @@ pub trait HostFiles: Send + Sync {
     /// # Errors
     /// `AddrInUse` when somebody does, or the path is something else.
     fn listen(&self, path: &Path) -> io::Result<UnixListener>;
+
+    /// Connects to a unix socket.
+    ///
+    /// # Errors
+    /// `NotFound` or `ConnectionRefused` when nobody listens there.
+    fn connect(&self, path: &Path) -> io::Result<UnixStream>;
 }
 
 /// Opens files with the rights of this process.
@@ -72,7 +81,9 @@ impl HostFiles for OpenDirectly {
         // from hanging the start; it means nothing to regular files and block devices.
         let mut options = OpenOptions::new();
         match file {
-            HostFile::Kvm | HostFile::Tun | HostFile::VhostNet => options.read(true).write(true).open(file.to_string()),
+            HostFile::Kvm | HostFile::Tun | HostFile::Userfault | HostFile::VhostNet => {
+                options.read(true).write(true).open(file.to_string())
+            }
             HostFile::BootFile(path) => options.read(true).custom_flags(libc::O_NONBLOCK).open(path),
             HostFile::Disk { path, read_only } => {
                 options.read(true).write(!read_only).custom_flags(libc::O_NONBLOCK).open(path)
@@ -93,6 +104,10 @@ impl HostFiles for OpenDirectly {
 
     fn start(&self, program: &mut Command) -> io::Result<Child> {
         program.spawn()
+    }
+
+    fn connect(&self, path: &Path) -> io::Result<UnixStream> {
+        UnixStream::connect(path)
     }
 
     fn listen(&self, path: &Path) -> io::Result<UnixListener> {

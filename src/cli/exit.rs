@@ -23,6 +23,7 @@ pub enum Exit {
     Panicked = 4,
     Killed = 5,
     GuestFault = 6,
+    MemoryLost = 7,
     NoKvm = 10,
     KvmPermission = 11,
     KvmCapability = 12,
@@ -63,7 +64,7 @@ pub enum Exit {
 
 pub const HELP: &str = "\
 Exit status: 0 the guest powered off, 3 it reset, 4 its kernel panicked, 5 it was stopped from outside,
-6 a vCPU could not go on; 1 an internal error, 2 wrong usage, 10 to 12 KVM, 13 huge pages, 20 to 26 kernel, initrd and
+6 a vCPU could not go on, 7 who gave its memory has ended; 1 an internal error, 2 wrong usage, 10 to 12 KVM, 13 huge pages, 20 to 26 kernel, initrd and
 command line, 30 to 35 disks, 40 to 42 taps and vhost, 50 the serial port, 60 to 65 imported kernels,
 70 to 73 the API and descriptions of VMs, 80 to 83 snapshots.
 See docs/exit-codes.md.";
@@ -76,6 +77,7 @@ impl From<&End> for Exit {
             End::Panicked => Self::Panicked,
             End::Killed => Self::Killed,
             End::Fault(_) => Self::GuestFault,
+            End::MemoryLost => Self::MemoryLost,
         }
     }
 }
@@ -141,6 +143,7 @@ fn judge(error: &MachineError) -> (Exit, Option<String>) {
         }
         MachineError::Cpu(_)
         | MachineError::Acpi(_)
+        | MachineError::Pager(_)
         | MachineError::Plug(_)
         | MachineError::Busy(_)
         | MachineError::NotNow { .. } => (Exit::Internal, None),

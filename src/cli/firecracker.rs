@@ -158,6 +158,10 @@ pub fn main(start: Instant) -> ExitCode {
             tracing::error!("{fault}");
             code::ERROR
         }
+        Ok(Served::Ended(End::MemoryLost)) => {
+            tracing::error!("the process that gave the guest's memory has ended");
+            code::ERROR
+        }
         Ok(Served::LoadFailed) => {
             tracing::error!("The snapshot could not be loaded.");
             code::ERROR

@@ -174,6 +174,7 @@ pub fn tell(end: &End) {
         End::PowerOff => tracing::info!("the guest powered off"),
         End::Reset => exit::say("tranche: the guest reset itself\n"),
         End::Panicked => exit::say("tranche: the guest's kernel panicked\n"),
+        End::MemoryLost => exit::say("tranche: the process that gave the guest's memory has ended\n"),
         End::Killed => exit::say("tranche: the VM was ended from outside\n"),
         End::Fault(fault) => exit::say(&format!("tranche: error: {fault}\n")),
     }

@@ -13,9 +13,11 @@ use serde::{Deserialize, Serialize};
 
 use super::owner::Owner;
 use super::{Answer, Answerer, Fault, Work};
-use crate::config::Override;
 use crate::config::firecracker as fc;
-use crate::machine::{Machine, MachineError, Origin, Parts, Pause, SaveError, SerialSetup, State};
+use crate::config::{Override, SavedVm};
+use crate::machine::{
+    Machine, MachineError, OpenPager, Origin, Parts, Pause, SaveError, SavedMemory, SerialSetup, State,
+};
 use crate::memory::written::Written;
 use crate::platform::chips::Clock;
 use crate::snapshot::{Folder, NewFiles, NewFolder, NewSnapshot, Saved, SavedState, Snapshot, SnapshotError};
@@ -270,19 +272,26 @@ impl Owner {
     /// # Errors
     /// What is missing, or does not go together; it can be tried again then.
     pub fn restore(&mut self, snapshot: Snapshot, revival: Revival) -> Result<(), Fault> {
-        self.at_work(Work::Starting, |owner| owner.build_saved(snapshot, revival))
+        let Snapshot { config, state, memory, .. } = snapshot;
+        let memory = SavedMemory::File(memory);
+        self.at_work(Work::Starting, |owner| owner.build_saved(&config, state, memory, revival))
     }
 
-    fn build_saved(&mut self, snapshot: Snapshot, revival: Revival) -> Result<(), Fault> {
+    fn build_saved(
+        &mut self,
+        config: &SavedVm,
+        state: SavedState,
+        memory: SavedMemory,
+        revival: Revival,
+    ) -> Result<(), Fault> {
         let Revival { clock, track_writes } = revival;
-        let Snapshot { config, state, memory, .. } = snapshot;
         let console = SerialSetup::open(&self.console, &*self.host)?;
         let origin = Origin::Saved { state: Box::new(state.machine), memory, clock };
-        let parts = Parts::of_saved(&config, origin, console, self.identity.vcpu_thread, &*self.host)?;
+        let parts = Parts::of_saved(config, origin, console, self.identity.vcpu_thread, &*self.host)?;
         let parts = Parts { track_writes, ..parts };
         self.machine = Some(Machine::build(parts, &*self.host, &self.timeline)?);
         Arc::make_mut(&mut self.identity).transport = config.transport;
-        self.plan.describe_saved(&state.description, &config, track_writes);
+        self.plan.describe_saved(&state.description, config, track_writes);
         Ok(())
     }
 
@@ -297,24 +306,28 @@ impl Owner {
     }
 
     fn load_untouched(&mut self, load: &fc::SnapshotLoad) -> Result<(), Fault> {
-        let memory = match (&load.mem_backend, &load.mem_file_path) {
-            (Some(backend), _) if backend.backend_type == fc::MemoryBackendType::Uffd => {
-                return Err(Fault::Missing("A memory back end of type Uffd"));
-            }
-            (Some(backend), _) => &backend.backend_path,
-            (None, Some(path)) => path,
+        let (backend, path) = match (&load.mem_backend, &load.mem_file_path) {
+            (Some(backend), _) => (backend.backend_type, &backend.backend_path),
+            (None, Some(path)) => (fc::MemoryBackendType::File, path),
             (None, None) => return Err(Fault::Missing("Memory without a back end")),
         };
         if load.vsock_override.is_some() {
             return Err(Fault::Missing("The vsock device"));
         }
-        let mut snapshot = Snapshot::open_files(&load.snapshot_path, memory)?;
+        let (mut config, state) = Snapshot::read_state(&load.snapshot_path)?;
+        let memory = match backend {
+            fc::MemoryBackendType::File => SavedMemory::File(Snapshot::open_memory(path)?),
+            fc::MemoryBackendType::Uffd => {
+                SavedMemory::Pager(OpenPager::open(path, &*self.host).map_err(MachineError::from)?)
+            }
+        };
         for change in &load.network_overrides {
             let tap = Override::Net(change.iface_id.clone(), change.host_dev_name.clone());
-            tap.apply(&mut snapshot.config).map_err(|error| Fault::Conflict(error.to_string()))?;
+            tap.apply(&mut config).map_err(|error| Fault::Conflict(error.to_string()))?;
         }
         let clock = if load.clock_realtime { Clock::Advance } else { Clock::Continue };
-        self.restore(snapshot, Revival { clock, track_writes: load.track_dirty_pages })?;
+        let revival = Revival { clock, track_writes: load.track_dirty_pages };
+        self.at_work(Work::Starting, |owner| owner.build_saved(&config, state, memory, revival))?;
         if load.resume_vm { self.resume() } else { Ok(()) }
     }
 

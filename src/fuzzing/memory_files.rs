@@ -4,7 +4,7 @@ use std::fs::File;
 use std::io::{self, Write};
 use std::os::fd::AsRawFd;
 use std::os::unix::fs::FileExt;
-use std::os::unix::net::UnixListener;
+use std::os::unix::net::{UnixListener, UnixStream};
 use std::path::{Path, PathBuf};
 use std::process::{Child, Command};
 
@@ -62,6 +62,10 @@ impl HostFiles for MemoryFiles {
 
     fn start(&self, _program: &mut Command) -> io::Result<Child> {
         Err(io::ErrorKind::Unsupported.into())
+    }
+
+    fn connect(&self, _path: &Path) -> io::Result<UnixStream> {
+        Err(io::ErrorKind::NotFound.into())
     }
 
     fn listen(&self, _path: &Path) -> io::Result<UnixListener> {

@@ -2,7 +2,7 @@
 
 use std::fs::{self, File};
 use std::io;
-use std::os::unix::net::UnixListener;
+use std::os::unix::net::{UnixListener, UnixStream};
 use std::path::{Path, PathBuf};
 use std::process::{Child, Command};
 
@@ -12,7 +12,7 @@ use sha2::{Digest, Sha256};
 use super::input::Input;
 use super::memory_files::empty;
 use crate::backend::{HostFile, HostFiles, OpenDirectly};
-use crate::machine::{Machine, Origin, Parts, SaveError, SerialSetup, State};
+use crate::machine::{Machine, Origin, Parts, SaveError, SavedMemory, SerialSetup, State};
 use crate::observe::Timeline;
 use crate::platform::chips::Clock;
 use crate::platform::serial::SerialOutput;
@@ -141,7 +141,8 @@ fn with_cause(error: &dyn std::error::Error) -> String {
 /// Makes a VM of it, and saves that again.
 fn build(snapshot: Snapshot, host: &Host) -> Result<(), String> {
     let Snapshot { config, state, memory, .. } = snapshot;
-    let origin = Origin::Saved { state: Box::new(state.machine), memory, clock: Clock::Continue };
+    let origin =
+        Origin::Saved { state: Box::new(state.machine), memory: SavedMemory::File(memory), clock: Clock::Continue };
     let parts = Parts::of_saved(&config, origin, SerialSetup(SerialOutput::Null), "vcpu", host);
     let machine =
         parts.and_then(|parts| Machine::build(parts, host, &Timeline::from(std::time::Instant::now()).into()));
@@ -167,6 +168,10 @@ impl HostFiles for Host {
     }
 
     fn start(&self, _program: &mut Command) -> io::Result<Child> {
+        Err(io::ErrorKind::NotFound.into())
+    }
+
+    fn connect(&self, _path: &Path) -> io::Result<UnixStream> {
         Err(io::ErrorKind::NotFound.into())
     }
 

@@ -19,7 +19,8 @@ use super::error::{KvmError, MachineError};
 use super::events::EventQueue;
 use super::lifecycle::State;
 use super::limits::Limits;
-use super::parts::{OpenNic, Origin, Parts, SerialSetup};
+use super::pager::Pager;
+use super::parts::{OpenNic, Origin, Parts, SavedMemory, SerialSetup};
 use super::saved::MachineStateV1;
 use crate::backend::{HostFile, HostFiles};
 use crate::boot::{self, BootSource, KernelCache};
@@ -57,14 +58,16 @@ impl Machine {
         let ram = match (&origin, parts.memory_pages) {
             (Origin::Kernel { .. }, MemoryPages::Transparent) => memory::anonymous(&ranges)?,
             (Origin::Kernel { .. }, MemoryPages::Huge) => memory::huge_pages(&ranges)?,
-            (Origin::Saved { memory, .. }, _) => memory::saved::map(memory, &ranges)?,
+            (Origin::Saved { memory: SavedMemory::File(file), .. }, _) => memory::saved::map(file, &ranges)?,
+            (Origin::Saved { memory: SavedMemory::Pager(_), .. }, _) => memory::small_pages(&ranges)?,
         };
         map_memory(&vm, &ram, logs_writes)?;
         timeline.mark(Milestone::MemoryMapped);
 
         create_interrupt_controllers(&vm)?;
         let cpuid = HostCpuid::new(&kvm, &changes.cpuid)?;
-        let Begun { vcpus, window_64, saved } = match origin {
+        let events = Arc::new(EventQueue::new().map_err(MachineError::host("make an event queue"))?);
+        let Begun { vcpus, window_64, saved, pager } = match origin {
             Origin::Kernel { kernel, initrd, cmdline } => {
                 let source = BootSource { kernel, initrd, cmdline, rsdp: layout::ACPI };
                 let entry = boot::load(&ram, &source, &KernelCache::of_user())?;
@@ -74,18 +77,27 @@ impl Machine {
                 let virtio_mmio = devices::mmio_places(transport, device_count);
                 acpi::write(&ram, &AcpiConfig { cpus: cpus.into(), pci, virtio_mmio })?;
                 power::write_reset_vector(&ram).map_err(AcpiError::from)?;
-                Begun { vcpus: create_vcpus(&vm, &cpuid, topology, &changes.msrs, &entry)?, window_64, saved: None }
+                Begun {
+                    vcpus: create_vcpus(&vm, &cpuid, topology, &changes.msrs, &entry)?,
+                    window_64,
+                    saved: None,
+                    pager: None,
+                }
             }
-            Origin::Saved { state, clock, .. } => {
+            Origin::Saved { state, memory, clock } => {
                 state.check(cpus, &cpuid)?;
+                // KVM will look at it from here on.
+                let pager = match memory {
+                    SavedMemory::File(_) => None,
+                    SavedMemory::Pager(open) => Some(open.hand_over(&ram, &events)?),
+                };
                 let vcpus = restore_vcpus(&kvm, &vm, &state)?;
                 // What the chips hold goes to LAPICs that are there, and what devices have to tell, to chips.
                 state.chips.0.restore(&vm, clock).map_err(KvmError::call("set its interrupt controllers and clock"))?;
-                Begun { vcpus, window_64: state.pci_window_64, saved: Some(state) }
+                Begun { vcpus, window_64: state.pci_window_64, saved: Some(state), pager }
             }
         };
 
-        let events = Arc::new(EventQueue::new().map_err(MachineError::host("make an event queue"))?);
         let news = Arc::new(News { events: events.clone(), timeline: timeline.clone() });
         let board = Arc::new(Board { ports: Bus::default(), mmio: Arc::default(), news: news.clone() });
         let interrupts = Arc::new(Interrupts::new(vm.clone()));
@@ -115,6 +127,7 @@ impl Machine {
             transport,
             kvm,
             vm,
+            pager,
             ram,
         };
         if let Some(saved) = saved {
@@ -130,6 +143,7 @@ struct Begun {
     vcpus: Vec<Vcpu>,
     window_64: Option<(u64, u64)>,
     saved: Option<Box<MachineStateV1>>,
+    pager: Option<Pager>,
 }
 
 /// What the machine cannot do without.

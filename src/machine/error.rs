@@ -6,6 +6,7 @@ use std::path::PathBuf;
 use thiserror::Error;
 
 use super::devices::{DeviceBusy, DeviceId, RestoreError};
+use super::pager::PagerError;
 use super::saved::StateError;
 use crate::backend::disk::DiskError;
 use crate::backend::passt::PasstError;
@@ -45,6 +46,8 @@ pub enum MachineError {
     Plug(#[from] PlugError),
     #[error(transparent)]
     Busy(#[from] DeviceBusy),
+    #[error(transparent)]
+    Pager(#[from] PagerError),
     #[error("the VM's saved devices cannot be restored")]
     Restore(#[from] RestoreError),
     #[error("the saved VM's {place} is not there as it was")]

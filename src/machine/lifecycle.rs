@@ -11,6 +11,8 @@ pub enum End {
     /// Somebody outside wanted it so.
     Killed,
     Fault(VcpuFault),
+    /// Who gave the pages of its memory has ended.
+    MemoryLost,
 }
 
 #[derive(Debug, Clone)]

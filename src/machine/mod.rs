@@ -13,6 +13,7 @@ mod hotplug;
 mod lifecycle;
 mod limits;
 mod meters;
+mod pager;
 mod parts;
 mod save;
 mod saved;
@@ -28,7 +29,8 @@ pub use self::drive::Replacement;
 pub use self::error::{KvmError, MachineError, PlugError};
 pub use self::lifecycle::{End, State};
 pub use self::meters::Meters;
-pub use self::parts::{OpenDisk, OpenNic, Origin, Parts, SerialSetup, open_initrd, open_kernel};
+pub use self::pager::{OpenPager, PagerError};
+pub use self::parts::{OpenDisk, OpenNic, Origin, Parts, SavedMemory, SerialSetup, open_initrd, open_kernel};
 pub use self::save::{AtRest, SaveError};
 pub use self::saved::{MachineStateV1, StateError};
 
@@ -37,6 +39,7 @@ use self::devices::Devices;
 use self::events::EventQueue;
 use self::lifecycle::Request;
 use self::limits::Limits;
+use self::pager::Pager;
 use crate::config::Transport;
 use crate::cpu::{ExitHandler, Vcpus};
 use crate::memory::Ram;
@@ -83,6 +86,8 @@ pub struct Machine {
     transport: Transport,
     kvm: Kvm,
     vm: Arc<VmFd>,
+    /// Who gives the pages of memory, if another process does.
+    pager: Option<Pager>,
     /// Dropped last: KVM maps it for as long as there are vCPUs.
     ram: Ram,
 }

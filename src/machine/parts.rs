@@ -8,6 +8,7 @@ use std::sync::Arc;
 use super::drive::Drive;
 use super::error::MachineError;
 use super::limits::NicLimiters;
+use super::pager::OpenPager;
 use super::saved::MachineStateV1;
 use crate::backend::disk::Disk;
 use crate::backend::passt::Passt;
@@ -55,12 +56,14 @@ pub enum Origin {
         cmdline: String,
     },
     /// Where it was saved.
-    Saved {
-        state: Box<MachineStateV1>,
-        /// What [`saved::save`](crate::memory::saved::save) has written.
-        memory: File,
-        clock: Clock,
-    },
+    Saved { state: Box<MachineStateV1>, memory: SavedMemory, clock: Clock },
+}
+
+/// Where the memory of a saved machine comes from.
+pub enum SavedMemory {
+    /// What [`saved::save`](crate::memory::saved::save) has written.
+    File(File),
+    Pager(OpenPager),
 }
 
 impl Parts {

@@ -146,7 +146,7 @@ impl AtRest<'_> {
     /// # Errors
     /// The host's.
     pub fn write_memory(&self, file: &File) -> Result<(), SaveError> {
-        memory::saved::save(&self.0.ram, file).map_err(SaveError::Memory)
+        self.write_all_memory(file).map_err(SaveError::Memory)
     }
 
     /// As [`Self::write_memory`], and differences count from here on. Returns what did before, for whom this fails later.
@@ -154,7 +154,15 @@ impl AtRest<'_> {
     /// # Errors
     /// As there.
     pub fn write_base(&self, file: &File) -> Result<Written, SaveError> {
-        self.0.take_written(|_| memory::saved::save(&self.0.ram, file))
+        self.0.take_written(|_| self.write_all_memory(file))
+    }
+
+    fn write_all_memory(&self, file: &File) -> io::Result<()> {
+        match self.0.pager {
+            // What nobody has looked at is not empty, but still elsewhere.
+            Some(_) => memory::saved::save_all(&self.0.ram, file),
+            None => memory::saved::save(&self.0.ram, file),
+        }
     }
 
     /// Writes those pages over a file that may have been written since the last base or differences; or, if no account

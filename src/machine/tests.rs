@@ -416,7 +416,11 @@ fn restore(
     state: MachineStateV1,
     memory: &std::fs::File,
 ) -> Result<Machine, MachineError> {
-    let origin = Origin::Saved { state: Box::new(state), memory: memory.try_clone().unwrap(), clock: Clock::Continue };
+    let origin = Origin::Saved {
+        state: Box::new(state),
+        memory: SavedMemory::File(memory.try_clone().unwrap()),
+        clock: Clock::Continue,
+    };
     let parts = Parts::of_saved(config, origin, SerialSetup(SerialOutput::Null), "vcpu", &OpenDirectly)?;
     Machine::build(parts, &OpenDirectly, &Arc::new(Timeline::from(Instant::now())))
 }

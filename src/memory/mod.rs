@@ -5,6 +5,7 @@ mod huge;
 mod iobuf;
 pub mod saved;
 mod startup;
+pub mod userfault;
 pub mod written;
 
 use std::num::NonZeroUsize;
@@ -58,6 +59,14 @@ pub fn anonymous(ranges: &[(GuestAddress, u64)]) -> Result<Ram, MemoryError> {
         let mapping = map(size, flags)?.map_err(|source| MemoryError::Map { size, source })?;
         advise_huge_pages(&mapping, if start.0 == 0 { HUGE_PAGE } else { 0 });
         Ok(mapping)
+    })
+}
+
+/// The same in small pages, of which each is asked for by itself.
+pub fn small_pages(ranges: &[(GuestAddress, u64)]) -> Result<Ram, MemoryError> {
+    regions(ranges, |_, size| {
+        let flags = libc::MAP_ANONYMOUS | libc::MAP_PRIVATE | libc::MAP_NORESERVE;
+        map(size, flags)?.map_err(|source| MemoryError::Map { size, source })
     })
 }
 

@@ -27,6 +27,22 @@ use super::{DirtyBitmap, MemoryError, PAGE, Ram, RamRegions};
 /// # Errors
 /// The host's, such as a full disk.
 pub fn save(ram: &RamRegions, file: &File) -> io::Result<()> {
+    save_pages(ram, file, for_each_own)
+}
+
+/// As [`save`], of RAM whose pages come from somebody else: all of them are looked at, and so come.
+///
+/// # Errors
+/// As there.
+pub fn save_all(ram: &RamRegions, file: &File) -> io::Result<()> {
+    save_pages(ram, file, |_, all, each| each(all))
+}
+
+fn save_pages(
+    ram: &RamRegions,
+    file: &File,
+    for_each: fn(&File, Range<usize>, &mut dyn FnMut(Range<usize>) -> io::Result<()>) -> io::Result<()>,
+) -> io::Result<()> {
     file.set_len(super::total_bytes(ram))?;
     let pagemap = File::open("/proc/self/pagemap")?;
     let mut start = 0;
@@ -40,7 +56,7 @@ pub fn save(ram: &RamRegions, file: &File) -> io::Result<()> {
             None => false,
         };
         let host = mapping.as_ptr().addr();
-        for_each_own(&pagemap, host..host + mapping.size(), &mut |pages| {
+        for_each(&pagemap, host..host + mapping.size(), &mut |pages| {
             let page_is_zero = |page: usize| is_zero(mapping, page - host);
             let mut rest = pages;
             while !rest.is_empty() {

@@ -134,8 +134,14 @@ impl Snapshot {
     /// What is wrong with which of them.
     pub fn open_files(state_path: &Path, memory_path: &Path) -> Result<Self, SnapshotError> {
         let (config, state) = Self::read_state(state_path)?;
-        let memory =
-            File::open(memory_path).map_err(|source| SnapshotError::Read { path: memory_path.to_owned(), source })?;
-        Ok(Self { config, state, memory })
+        Ok(Self { config, state, memory: Self::open_memory(memory_path)? })
+    }
+
+    /// Opens the file of a memory.
+    ///
+    /// # Errors
+    /// When it cannot be read.
+    pub fn open_memory(path: &Path) -> Result<File, SnapshotError> {
+        File::open(path).map_err(|source| SnapshotError::Read { path: path.to_owned(), source })
     }
 }

@@ -9,6 +9,7 @@ mod devices;
 mod endings;
 mod golden;
 mod lifecycle;
+mod pages;
 mod personality;
 mod rules;
 mod schemathesis;

@@ -2,7 +2,7 @@
 
 use std::fs::File;
 use std::io::{self, PipeReader, PipeWriter, Read};
-use std::os::unix::net::UnixListener;
+use std::os::unix::net::{UnixListener, UnixStream};
 use std::path::{Path, PathBuf};
 use std::process::{Child, Command};
 use std::sync::Arc;
@@ -32,6 +32,10 @@ impl HostFiles for SlowHost {
 
     fn start(&self, program: &mut Command) -> io::Result<Child> {
         OpenDirectly.start(program)
+    }
+
+    fn connect(&self, path: &Path) -> io::Result<UnixStream> {
+        OpenDirectly.connect(path)
     }
 
     fn listen(&self, path: &Path) -> io::Result<UnixListener> {
