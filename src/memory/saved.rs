@@ -38,11 +38,10 @@ pub fn save_all(ram: &RamRegions, file: &File) -> io::Result<()> {
     save_pages(ram, file, |_, all, each| each(all))
 }
 
-fn save_pages(
-    ram: &RamRegions,
-    file: &File,
-    for_each: fn(&File, Range<usize>, &mut dyn FnMut(Range<usize>) -> io::Result<()>) -> io::Result<()>,
-) -> io::Result<()> {
+/// Calls its last argument for some pages of a range, by what the pagemap tells.
+type ForEach = fn(&File, Range<usize>, &mut dyn FnMut(Range<usize>) -> io::Result<()>) -> io::Result<()>;
+
+fn save_pages(ram: &RamRegions, file: &File, for_each: ForEach) -> io::Result<()> {
     file.set_len(super::total_bytes(ram))?;
     let pagemap = File::open("/proc/self/pagemap")?;
     let mut start = 0;
