@@ -1,7 +1,8 @@
 /*
  * Says hello, tells how it was entered, and ends as the command line asks:
  * `end=` off (default), reset, keyboard, panic, fault (triple), exception, halt, button (powers off when the power
- * button is pressed), echo (gives every byte of input back, up to and including `q`); `mark=1` writes the boot mark.
+ * button is pressed), echo (gives every byte of input back, up to and including `q`); `mark=1` writes the boot mark;
+ * `stain=1` says what is in a word of memory that nobody else uses, and writes there.
  */
 #include "runtime.h"
 
@@ -46,6 +47,13 @@ static void echo(void)
     }
 }
 
+static void stain(void)
+{
+    volatile u64 *word = (u64 *)0x2800000;
+    print("stain=%lx\n", *word);
+    *word = 0x57a14;
+}
+
 void main(void)
 {
     print("hello\n");
@@ -53,6 +61,8 @@ void main(void)
     print_boot();
     if (option_number("mark", 0) != 0)
         writeb(BOOT_MARK, 123);
+    if (option_number("stain", 0) != 0)
+        stain();
     print("end\n");
     if (option_is("end", "reset"))
         reset();

@@ -82,7 +82,7 @@ fn serve_until(
         watch(calls.fd(), CALLS)?;
     }
     let mut input = InputWatch::default();
-    let mut watched = false;
+    let (mut watched, mut listens) = (0, false);
     let mut presses = 0;
     let mut metrics = MetricsClock::default();
     loop {
@@ -94,16 +94,18 @@ fn serve_until(
         }
         // Keys wait until there is somebody to take them.
         let mut ready = false;
+        let life = owner.life();
         if let Some(machine) = owner.machine() {
-            if !watched {
+            if watched != life {
+                // Those of the machine before have left with it.
                 watch(machine.events_fd(), MACHINE)?;
                 watch(machine.serial().room().as_raw_fd(), ROOM)?;
-                if let Some(fd) = console.listener_fd() {
+                if let Some(fd) = console.listener_fd().filter(|_| !listens) {
                     // By edges: a client that cannot be accepted, for want of descriptors, must not wake us for ever.
                     let events = EventSet::IN | EventSet::EDGE_TRIGGERED;
                     epoll.ctl(ControlOperation::Add, fd, EpollEvent::new(events, LISTENER))?;
                 }
-                watched = true;
+                (watched, listens) = (life, true);
             }
             ready = input.follow(console.input(), &epoll)?;
         }

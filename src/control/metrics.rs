@@ -203,7 +203,11 @@ fn json(now: &Sample, before: &Sample, time: SystemTime) -> String {
     let fields = |group: &str, names: &str| -> Value {
         let value = |name: &str| match name.ends_with("_agg") {
             true => serde_json::json!({ "min_us": 0, "max_us": 0, "sum_us": 0 }),
-            false => count_in(now, group, name).saturating_sub(count_in(before, group, name)).into(),
+            false => {
+                let (now, before) = (count_in(now, group, name), count_in(before, group, name));
+                // A VM that has been reset counts anew.
+                now.checked_sub(before).unwrap_or(now).into()
+            }
         };
         names.split_whitespace().map(|name| (name.to_owned(), value(name))).collect::<Map<_, _>>().into()
     };

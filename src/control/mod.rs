@@ -14,6 +14,7 @@ mod fault;
 mod metrics;
 mod owner;
 mod plan;
+mod reset;
 mod running;
 mod snapshots;
 mod view;

@@ -70,6 +70,8 @@ pub struct Owner {
     pub(super) timeline: Arc<Timeline>,
     pub(super) plan: Plan,
     pub(super) machine: Option<Machine>,
+    /// How many machines there have been.
+    lives: u32,
     listeners: Vec<Listener>,
     /// Who waits for the vCPUs to be parked.
     pausing: Vec<Answerer>,
@@ -97,6 +99,7 @@ impl Owner {
             timeline,
             plan: Plan::default(),
             machine: None,
+            lives: 0,
             listeners: Vec::new(),
             pausing: Vec::new(),
             saving: None,
@@ -126,6 +129,18 @@ impl Owner {
     /// The machine, once it has been started.
     pub fn machine(&mut self) -> Option<&mut Machine> {
         self.machine.as_mut()
+    }
+
+    /// The number of the machine: another one after a reset, whose descriptors have to be waited on anew.
+    #[must_use]
+    pub fn life(&self) -> u32 {
+        self.lives
+    }
+
+    /// Takes over a machine that has begun to run.
+    pub(super) fn install(&mut self, machine: Machine) {
+        self.machine = Some(machine);
+        self.lives += 1;
     }
 
     /// Takes in a whole description, as a client would give it object by object.
@@ -184,17 +199,19 @@ impl Owner {
     /// Takes in what the machine has reported.
     pub fn handle_events(&mut self) {
         let notices = self.machine.as_mut().map(Machine::handle_events).unwrap_or_default();
-        for notice in notices {
-            match notice {
-                // It is seen in the state.
-                Notice::Paused => {}
-                Notice::Unplugged(device) => self.forget(&device),
-                // It was answered when it had begun.
-                Notice::Replaced(_) => {}
-            }
-        }
+        notices.into_iter().for_each(|notice| self.heed(notice));
         self.settle_snapshot(false);
         self.follow();
+    }
+
+    pub(super) fn heed(&mut self, notice: Notice) {
+        match notice {
+            // It is seen in the state.
+            Notice::Paused => {}
+            Notice::Unplugged(device) => self.forget(&device),
+            // It was answered when it had begun.
+            Notice::Replaced(_) => {}
+        }
     }
 
     /// How the VM has ended, if it has.
@@ -249,7 +266,7 @@ impl Owner {
         let mut machine = Machine::build(parts, &*self.host, &self.timeline)?;
         machine.serial().limit(self.plan.serial_limits);
         machine.start()?;
-        self.machine = Some(machine);
+        self.install(machine);
         self.write_metrics();
         Ok(())
     }
@@ -260,7 +277,7 @@ impl Owner {
     /// When the host has no threads left.
     pub fn adopt(&mut self, mut machine: Machine, config: &VmConfig) -> Result<(), MachineError> {
         machine.start()?;
-        self.machine = Some(machine);
+        self.install(machine);
         self.plan.describe(config);
         self.told = self.state();
         Ok(())
@@ -473,12 +490,7 @@ impl Owner {
                 machine.kill();
                 Ok(())
             }
-            (Power::Reset, Some(machine)) => {
-                if matches!(machine.state(), State::Ended(_)) {
-                    return Err(Fault::Ended);
-                }
-                Err(Fault::Missing("A reset from outside"))
-            }
+            (Power::Reset, Some(_)) => self.reset(),
         }
     }
 }

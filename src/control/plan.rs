@@ -108,7 +108,11 @@ impl Plan {
     fn command_line(&self, identity: &Identity) -> Result<String, Fault> {
         let args = self.description.boot_source.as_ref().and_then(|source| source.boot_args.as_deref());
         let mut line = args.unwrap_or(identity.default_boot_args).trim().to_owned();
+        // Not a second time, as in the description of a VM from a command line.
         let mut append = |text: &str| {
+            if format!(" {line} ").contains(&format!(" {text} ")) {
+                return;
+            }
             if !line.is_empty() {
                 line.push(' ');
             }
@@ -249,14 +253,27 @@ impl Plan {
         }
     }
 
-    /// Everything that the machine is built of: what is open, and the rest opened anew. `console` is where the serial
-    /// port goes unless a file has been named.
-    pub fn parts(&mut self, host: &dyn HostFiles, identity: &Identity, console: &SerialConfig) -> Result<Parts, Fault> {
+    /// Where a life of the VM begins.
+    pub fn origin(&mut self, host: &dyn HostFiles, identity: &Identity) -> Result<Origin, Fault> {
         let (kernel, initrd) = match self.kernel.take() {
             Some(open) => open,
             None => self.open_kernel(host)?,
         };
-        let cmdline = self.command_line(identity)?;
+        Ok(Origin::Kernel { kernel, initrd, cmdline: self.command_line(identity)? })
+    }
+
+    pub fn cpu_changes(&self) -> Result<CpuChanges, Fault> {
+        Ok(match &self.description.cpu_config {
+            Some(fc::CpuConfigSource::Inline(config)) => config.changes()?,
+            // One in a file has been read, and stands here itself.
+            Some(fc::CpuConfigSource::Path(_)) | None => CpuChanges::default(),
+        })
+    }
+
+    /// Everything that the machine is built of: what is open, and the rest opened anew. `console` is where the serial
+    /// port goes unless a file has been named.
+    pub fn parts(&mut self, host: &dyn HostFiles, identity: &Identity, console: &SerialConfig) -> Result<Parts, Fault> {
+        let origin = self.origin(host, identity)?;
         let mut drives: Vec<_> = self.description.drives.iter().collect();
         // The root device is the guest's first.
         drives.sort_by_key(|drive| !drive.is_root_device);
@@ -282,16 +299,11 @@ impl Plan {
             (None, None) => SerialSetup::open(console, host)?,
         };
         let machine = self.machine_config();
-        let cpu_changes = match &self.description.cpu_config {
-            Some(fc::CpuConfigSource::Inline(config)) => config.changes()?,
-            // One in a file has been read, and stands here itself.
-            Some(fc::CpuConfigSource::Path(_)) | None => CpuChanges::default(),
-        };
         Ok(Parts {
-            origin: Origin::Kernel { kernel, initrd, cmdline },
+            origin,
             cpus: machine.vcpu_count,
             threads_per_core: machine.threads_per_core(),
-            cpu_changes,
+            cpu_changes: self.cpu_changes()?,
             memory: MemorySize(machine.mem_size_mib << 20),
             memory_pages: machine.memory_pages(),
             track_writes: machine.track_dirty_pages,

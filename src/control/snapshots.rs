@@ -227,7 +227,7 @@ impl Owner {
         }
     }
 
-    fn go_on(&mut self, resume: bool) {
+    pub(super) fn go_on(&mut self, resume: bool) {
         if let Some(machine) = self.machine.as_mut().filter(|_| resume) {
             // It may have ended meanwhile.
             let _ = machine.resume();
@@ -289,7 +289,7 @@ impl Owner {
         let origin = Origin::Saved { state: Box::new(state.machine), memory, clock };
         let parts = Parts::of_saved(config, origin, console, self.identity.vcpu_thread, &*self.host)?;
         let parts = Parts { track_writes, ..parts };
-        self.machine = Some(Machine::build(parts, &*self.host, &self.timeline)?);
+        self.install(Machine::build(parts, &*self.host, &self.timeline)?);
         Arc::make_mut(&mut self.identity).transport = config.transport;
         self.plan.describe_saved(&state.description, config, track_writes);
         Ok(())

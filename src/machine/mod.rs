@@ -15,6 +15,7 @@ mod limits;
 mod meters;
 mod pager;
 mod parts;
+mod reset;
 mod save;
 mod saved;
 
@@ -31,6 +32,7 @@ pub use self::lifecycle::{End, State};
 pub use self::meters::Meters;
 pub use self::pager::{OpenPager, PagerError};
 pub use self::parts::{OpenDisk, OpenNic, Origin, Parts, SavedMemory, SerialSetup, open_initrd, open_kernel};
+pub use self::reset::Remains;
 pub use self::save::{AtRest, SaveError};
 pub use self::saved::{MachineStateV1, StateError};
 

@@ -190,6 +190,19 @@ impl OpenDisk {
     /// Whatever is wrong with the file, or with io_uring if that is wanted by name.
     pub fn open(id: &str, config: &DiskConfig, host: &dyn HostFiles) -> Result<Self, MachineError> {
         let disk = Arc::new(Disk::open_image(host, &config.path, config.read_only, &config.image)?);
+        Self::of_open(id, config, disk, host)
+    }
+
+    /// The same of a disk that is open already, and that nobody else uses any more.
+    ///
+    /// # Errors
+    /// When io_uring is wanted by name and cannot be had.
+    pub(super) fn of_open(
+        id: &str,
+        config: &DiskConfig,
+        disk: Arc<Disk>,
+        host: &dyn HostFiles,
+    ) -> Result<Self, MachineError> {
         let rings = Rings::new(&disk, host, config.engine, config.queues)?;
         let limiter = Arc::new(Limiter::new(config.limits));
         Ok(Self { id: id.to_owned(), config: config.clone(), disk, rings, limiter })

@@ -17,7 +17,7 @@ use crate::memory::written::Written;
 use crate::platform::chips::ChipsStateV1;
 
 /// How long requests in hand may take that have to end before a machine is at rest.
-const DRAIN_PATIENCE: Duration = Duration::from_secs(5);
+pub(super) const DRAIN_PATIENCE: Duration = Duration::from_secs(5);
 
 /// Why a machine cannot be brought to rest, or be saved.
 #[derive(Debug, Error)]

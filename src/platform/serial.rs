@@ -196,6 +196,13 @@ impl SerialPort {
         self.uart.lock().unwrap_or_else(PoisonError::into_inner).writer_mut().limiter.update(limits);
     }
 
+    /// Takes the output away, for another port. What is written from now on is lost.
+    #[must_use]
+    pub fn disconnect(&self) -> SerialOutput {
+        let mut uart = self.uart.lock().unwrap_or_else(PoisonError::into_inner);
+        std::mem::replace(&mut uart.writer_mut().to, SerialOutput::Null)
+    }
+
     /// Sends output to a new client of the socket, instead of the one before.
     pub fn connect(&self, client: UnixStream) {
         self.uart.lock().unwrap_or_else(PoisonError::into_inner).writer_mut().to = SerialOutput::Socket(Some(client));

@@ -11,6 +11,7 @@ mod golden;
 mod lifecycle;
 mod pages;
 mod personality;
+mod reset;
 mod rules;
 mod schemathesis;
 mod snapshots;
