@@ -22,6 +22,9 @@ const LEAF1_ECX_HYPERVISOR: u32 = 1 << 31;
 const LEAF1_EDX_HTT: u32 = 1 << 28;
 const EXTENDED_TOPOLOGY: u32 = 0x8000_0026;
 const EXT1_ECX_CMP_LEGACY: u32 = 1 << 1;
+const EXT1_ECX_TOPOEXT: u32 = 1 << 22;
+const CACHES: u32 = 0x8000_001d;
+const CORE: u32 = 0x8000_001e;
 
 /// How the vendor's name starts.
 const AMD_LIKE: [[u8; 4]; 2] = [*b"Auth", *b"Hygo"];
@@ -104,6 +107,9 @@ impl HostCpuid {
         let mut entries: Vec<_> = self.entries.iter().filter(|e| !host_only(e.function)).copied().collect();
         // Intel reserves what AMD keeps here, and Linux takes it at its word.
         let amd = entries.iter().any(|e| e.function == 0 && AMD_LIKE.contains(&e.ebx.to_le_bytes()));
+        if amd && threads > 1 {
+            tell_of_threads(&mut entries);
+        }
         for entry in &mut entries {
             match entry.function {
                 0x1 => {
@@ -123,11 +129,12 @@ impl HostCpuid {
                 }
                 0x8000_0001 if amd => set(&mut entry.ecx, EXT1_ECX_CMP_LEGACY, cpus > 1),
                 0x8000_0008 if amd => entry.ecx = entry.ecx & !0xf0ff | id_bits << 12 | (cpus - 1),
-                0x8000_001d => {
+                // A list that ends at once stays one.
+                CACHES if entry.eax & 0x1f != 0 => {
                     let sharing = if entry.eax >> 5 & 7 >= 3 { cpus - 1 } else { threads - 1 };
                     entry.eax = entry.eax & 0x3fff | sharing << 14;
                 }
-                0x8000_001e => {
+                CORE => {
                     // The core's number, and how many threads it has besides the first.
                     (entry.eax, entry.ebx, entry.ecx) = (apic_id, apic_id >> thread_bits | (threads - 1) << 8, 0);
                 }
@@ -139,6 +146,23 @@ impl HostCpuid {
             entries.extend(levels(function, apic_id, topology));
         }
         entries
+    }
+}
+
+/// Makes room for what AMD says of threads: its guests look for them here and nowhere else, also on a host whose CPUs
+/// have none. A list of caches goes with it; one that nobody has filled ends at once.
+fn tell_of_threads(entries: &mut Vec<kvm_cpuid_entry2>) {
+    for entry in entries.iter_mut() {
+        match entry.function {
+            0x8000_0000 => entry.eax = entry.eax.max(CORE),
+            0x8000_0001 => entry.ecx |= EXT1_ECX_TOPOEXT,
+            _ => {}
+        }
+    }
+    for (function, flags) in [(CACHES, KVM_CPUID_FLAG_SIGNIFCANT_INDEX), (CORE, 0)] {
+        if entries.iter().all(|entry| entry.function != function) {
+            entries.push(kvm_cpuid_entry2 { function, flags, ..Default::default() });
+        }
     }
 }
 
@@ -288,6 +312,22 @@ mod tests {
             unknown.to_string(),
             "the CPU configuration changes CPUID leaf 0x4, subleaf 0x9, which KVM does not have here"
         );
+    }
+
+    #[test]
+    fn amd_guests_hear_of_threads_on_a_host_that_has_none() {
+        let mut host = host();
+        host.entries.retain(|entry| ![CACHES, CORE].contains(&entry.function));
+        host.entries.push(kvm_cpuid_entry2 { eax: 0x8000_000a, ..leaf(0x8000_0000, 0) });
+        host.entries.iter_mut().filter(|e| e.function == 0x8000_0001).for_each(|e| e.ecx = 0);
+        let entries = host.shape(3, Topology { cpus: 4, threads_per_core: 2 });
+        assert_eq!(find(&entries, 0x8000_0000, 0).eax, CORE);
+        assert_eq!(find(&entries, 0x8000_0001, 0).ecx, EXT1_ECX_TOPOEXT | EXT1_ECX_CMP_LEGACY);
+        assert_eq!(find(&entries, CACHES, 0).eax, 0, "the list of caches is empty");
+        assert_eq!((find(&entries, CORE, 0).eax, find(&entries, CORE, 0).ebx), (3, 1 | 1 << 8));
+        let entries = host.shape(3, cores(4));
+        assert_eq!(find(&entries, 0x8000_0001, 0).ecx, EXT1_ECX_CMP_LEGACY, "nothing is told where there is nothing");
+        assert!(entries.iter().all(|entry| entry.function != CORE));
     }
 
     #[test]

@@ -81,7 +81,7 @@ const WORDS: [FeatureWord; 11] = [
     ),
     word(
         (0x8000_0001, 0, Ecx),
-        1 << 1,
+        1 << 22 | 1 << 1,
         "lahf_lm cmp_legacy svm extapic cr8_legacy abm sse4a misalignsse 3dnowprefetch osvw ibs xop skinit wdt - lwp \
          fma4 tce - nodeid_msr - tbm topoext perfctr_core perfctr_nb - bpext ptsc perfctr_llc mwaitx",
     ),
