@@ -4,6 +4,7 @@
  *   w  writes 64 words, at random
  *   z  fills a page with zeroes
  *   d  has a disk write 4 KiB of its contents into a page (`disk=1`)
+ *   b  writes a page to the disk
  *   s  says `after N: SUM`, of N letters so far and all of the memory
  *   q  ends
  *
@@ -13,7 +14,7 @@
 #include "virtio.h"
 
 #define MEMORY ((u64 *)0x400000)
-enum { PAGE = 4096, PAGE_WORDS = PAGE / sizeof(u64), SECTOR = 512, IN = 0, OK = 0 };
+enum { PAGE = 4096, PAGE_WORDS = PAGE / sizeof(u64), SECTOR = 512, IN = 0, OUT = 1, OK = 0 };
 
 static struct virtio disk;
 static struct queue queue;
@@ -42,17 +43,19 @@ static bool find_disk(void)
     return capacity >= PAGE / SECTOR;
 }
 
-static void read_disk(void)
+/* Moves a page from the disk (IN) or to it (OUT), from a place to a place at random. */
+static void use_disk(u32 type)
 {
     static struct {
         u32 type, reserved;
         u64 sector;
-    } header = {IN, 0, 0};
+    } header;
     static u8 status;
     u64 *page = random_page();
+    header.type = type;
     header.sector = next() % (capacity - PAGE / SECTOR + 1);
     status = 0xff;
-    struct piece chain[] = {{&header, sizeof(header), false}, {page, PAGE, true}, {&status, 1, true}};
+    struct piece chain[] = {{&header, sizeof(header), false}, {page, PAGE, type == IN}, {&status, 1, true}};
     u32 written;
     queue_submit(&queue, chain, 3);
     if (!queue_wait(&queue, &written) || status != OK)
@@ -99,7 +102,9 @@ void main(void)
         } else if (letter == 'z') {
             memset(random_page(), 0, PAGE);
         } else if (letter == 'd' && has_disk) {
-            read_disk();
+            use_disk(IN);
+        } else if (letter == 'b' && has_disk) {
+            use_disk(OUT);
         } else if (letter == 's') {
             print("after %lu: %lx\n", commands, sum());
         } else if (letter == 'q') {

@@ -38,6 +38,11 @@ pub struct RestoreArgs {
     #[arg(long = "override", value_name = "disk.NAME=PATH|net.NAME=TAP", value_parser = Override::from_str)]
     overrides: Vec<Override>,
 
+    /// A directory for what the VM writes to the snapshot's disks, in a file NAME.qcow2 for each; without it, that is gone
+    /// when the VM ends
+    #[arg(long, value_name = "DIR")]
+    disks: Option<PathBuf>,
+
     /// Where the API listens; a socket that nobody listens on any more is replaced
     #[arg(long, value_name = "PATH")]
     api_sock: Option<PathBuf>,
@@ -93,10 +98,11 @@ pub fn run(args: RestoreArgs, start: Instant) -> ExitCode {
 fn run_to_end(args: &RestoreArgs, timeline: &Arc<Timeline>) -> Result<End, StartError> {
     let resources = |what| move |source: std::io::Error| MachineError::Host { what, source };
     let host: Arc<dyn HostFiles> = Arc::new(OpenDirectly);
-    let mut snapshot = Folder::open(&args.dir)?.snapshot;
+    let mut folder = Folder::open(&args.dir)?;
     for change in &args.overrides {
-        change.apply(&mut snapshot.config).map_err(StartError::Override)?;
+        change.apply(&mut folder.snapshot.config).map_err(StartError::Override)?;
     }
+    let snapshot = folder.with_overlays(args.disks.as_deref())?;
     let mut signals = Signals::block().map_err(resources("listen to signals"))?;
     let socket = args.api_sock.as_ref().map(|path| ApiSocket::listen(path, &*host)).transpose()?;
     let identity = Identity { id: args.id.clone(), ..Identity::tranche(Transport::default()) };

@@ -45,6 +45,9 @@ struct CreateArgs {
     /// End the VM when it is saved, without letting it run on
     #[arg(long)]
     stop: bool,
+    /// Leave the disks where they are: who restores it has to have them as they are now
+    #[arg(long)]
+    no_disks: bool,
 }
 
 pub fn run(args: SnapshotArgs) -> ExitCode {
@@ -63,9 +66,13 @@ pub fn run(args: SnapshotArgs) -> ExitCode {
 pub fn report(error: &SnapshotError) -> Exit {
     let exit = match error {
         SnapshotError::Read { .. } | SnapshotError::NotASnapshot(_) => Exit::SnapshotUnreadable,
-        SnapshotError::Damaged { .. } | SnapshotError::Syntax { .. } => Exit::SnapshotDamaged,
+        SnapshotError::Damaged { .. } | SnapshotError::Syntax { .. } | SnapshotError::NotAPart { .. } => {
+            Exit::SnapshotDamaged
+        }
         SnapshotError::Version { .. } => Exit::SnapshotIncompatible,
-        SnapshotError::Exists(_) | SnapshotError::Write { .. } => Exit::SnapshotUnwritable,
+        SnapshotError::Exists(_) | SnapshotError::Write { .. } | SnapshotError::Overlay { .. } => {
+            Exit::SnapshotUnwritable
+        }
     };
     exit::report_with(error, exit, error.hint().map(str::to_owned))
 }
@@ -76,7 +83,7 @@ fn create(args: &CreateArgs) -> ExitCode {
         Ok(dir) => dir,
         Err(source) => return ExitCode::from(report(&SnapshotError::Write { path: args.dir.clone(), source }) as u8),
     };
-    let body = serde_json::json!({ "path": dir, "stop": args.stop });
+    let body = serde_json::json!({ "path": dir, "stop": args.stop, "disks": !args.no_disks });
     api::ask(&args.socket, "PUT", "/v2/vm/snapshot", Some(body.to_string().as_bytes()))
 }
 
@@ -105,7 +112,8 @@ fn inspect(dir: &std::path::Path, json: bool) -> Result<(), SnapshotError> {
     let stored = folder.stored_memory().map_or_else(|_| String::from("?"), |bytes| MemorySize(bytes).to_string());
     text += &format!("memory        {}, of which {stored} are stored\n", config.memory);
     for disk in &config.disks {
-        text += &format!("disk          {}: {}\n", disk.name, disk.config.path.display());
+        let place = if disk.stored { "part of the snapshot, " } else { "" };
+        text += &format!("disk          {}: {place}{}\n", disk.name, disk.config.path.display());
     }
     for nic in &config.nics {
         let network = match &nic.config.backend {

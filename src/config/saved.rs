@@ -6,7 +6,7 @@ use std::str::FromStr;
 use serde::{Deserialize, Serialize};
 use thiserror::Error;
 
-use super::{DiskConfig, EntropyConfig, MemorySize, NetBackend, NetConfig, Transport};
+use super::{DiskConfig, EntropyConfig, Image, MemorySize, NetBackend, NetConfig, Transport};
 
 /// What a saved VM is made of. Sizes and shapes are as they were: changing them is changing another VM than the one
 /// whose memory is saved.
@@ -26,6 +26,10 @@ pub struct SavedVm {
 #[serde(rename_all = "kebab-case", deny_unknown_fields)]
 pub struct SavedDisk {
     pub name: String,
+    /// Is it part of the snapshot? Then its file, and those behind it, lie in the snapshot's directory, and what the VM
+    /// writes from now on goes elsewhere.
+    #[serde(default)]
+    pub stored: bool,
     pub config: DiskConfig,
 }
 
@@ -87,6 +91,9 @@ impl Override {
                 let missing = OverrideError::NoDisk { name: name.clone(), known: known() };
                 let disk = vm.disks.iter_mut().find(|disk| disk.name == *name).ok_or(missing)?;
                 disk.config.path.clone_from(path);
+                if std::mem::take(&mut disk.stored) {
+                    disk.config.image = Image::default();
+                }
             }
             Self::Net(name, tap) => {
                 let known = || vm.nics.iter().map(|nic| nic.name.clone()).collect();
@@ -108,7 +115,7 @@ mod tests {
     use crate::config::{DiskConfig, TapNetwork, UserNetwork};
 
     fn vm() -> SavedVm {
-        let disk = SavedDisk { name: "root.fs".into(), config: DiskConfig::from_arg("/old").unwrap() };
+        let disk = SavedDisk { name: "root.fs".into(), stored: true, config: DiskConfig::from_arg("/old").unwrap() };
         let nic = |name: &str, backend| SavedNic {
             name: name.into(),
             config: NetConfig {
@@ -136,7 +143,7 @@ mod tests {
         for text in ["disk.root.fs=/new=1", "net.net0=tap9"] {
             text.parse::<Override>().unwrap().apply(&mut saved).unwrap();
         }
-        assert_eq!(saved.disks[0].config.path, PathBuf::from("/new=1"));
+        assert_eq!((&saved.disks[0].config.path, saved.disks[0].stored), (&PathBuf::from("/new=1"), false));
         assert!(matches!(&saved.nics[0].config.backend, NetBackend::Tap(tap) if tap.name == "tap9"));
         let text = serde_json::to_string(&saved).unwrap();
         assert_eq!(serde_json::from_str::<SavedVm>(&text).unwrap(), saved);

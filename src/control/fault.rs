@@ -46,6 +46,11 @@ pub enum Fault {
     Override(OverrideError),
     #[error("{}", chain(.0))]
     Snapshot(#[from] SnapshotError),
+    #[error(
+        "Disk {0:?} lies in a file without a name, which goes with this VM: save the VM with its disks (tranche snapshot \
+         create), or restore it with a directory for them (--disks)."
+    )]
+    NamelessDisk(String),
     #[error("The VM is {}: ask again when that is done.", .0.name())]
     Busy(Work),
     #[error("{0}")]
@@ -79,14 +84,14 @@ impl Fault {
             | Self::RepeatedMetrics
             | Self::NoHotplug
             | Self::Busy(_)
+            | Self::NamelessDisk(_)
             | Self::Conflict(_) => FaultKind::Conflict,
             Self::Invalid(_) | Self::BootArguments(_) | Self::Open { .. } => FaultKind::Invalid,
             Self::Save(SaveError::NotPaused(_) | SaveError::Busy(_)) | Self::Snapshot(SnapshotError::Exists(_)) => {
                 FaultKind::Conflict
             }
-            Self::Save(SaveError::State(_) | SaveError::Memory(_)) | Self::Snapshot(SnapshotError::Write { .. }) => {
-                FaultKind::Host
-            }
+            Self::Save(SaveError::State(_) | SaveError::Memory(_) | SaveError::Disk { .. })
+            | Self::Snapshot(SnapshotError::Write { .. } | SnapshotError::Overlay { .. }) => FaultKind::Host,
             Self::Snapshot(_) | Self::Override(_) => FaultKind::Invalid,
             Self::NoSuch { .. } => FaultKind::NotFound,
             Self::Missing(_) => FaultKind::Missing,

@@ -14,6 +14,7 @@ use crate::config::firecracker as fc;
 use crate::config::{SerialConfig, Transport, VmConfig};
 use crate::machine::{End, Machine, MachineError, Notice, Pause, State};
 use crate::observe::{Timeline, change_log};
+use crate::snapshot::Overlay;
 
 /// Who a VM says it is, and what follows from under whose name the program was called.
 #[derive(Debug, Clone)]
@@ -76,6 +77,8 @@ pub struct Owner {
     /// Who waits for the vCPUs to be parked.
     pausing: Vec<Answerer>,
     pub(super) saving: Option<Saving>,
+    /// What the disks of a restored VM are written to.
+    pub(super) overlays: Vec<Overlay>,
     /// A snapshot could not be loaded, after which Firecracker does not go on.
     pub(super) load_failed: bool,
     metrics: Option<MetricsFile>,
@@ -103,6 +106,7 @@ impl Owner {
             listeners: Vec::new(),
             pausing: Vec::new(),
             saving: None,
+            overlays: Vec::new(),
             load_failed: false,
             metrics: None,
             api: None,
@@ -258,6 +262,7 @@ impl Owner {
         self.follow();
         let done = job(self);
         self.work = None;
+        self.follow();
         done
     }
 

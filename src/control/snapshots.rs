@@ -15,12 +15,12 @@ use super::owner::Owner;
 use super::{Answer, Answerer, Fault, Work};
 use crate::config::firecracker as fc;
 use crate::config::{Override, SavedVm};
-use crate::machine::{
-    Machine, MachineError, OpenPager, Origin, Parts, Pause, SaveError, SavedMemory, SerialSetup, State,
-};
+use crate::machine::{Machine, MachineError, OpenPager, Origin, Parts, Pause, SavedMemory, SerialSetup, State};
 use crate::memory::written::Written;
 use crate::platform::chips::Clock;
-use crate::snapshot::{Folder, NewFiles, NewFolder, NewSnapshot, Saved, SavedState, Snapshot, SnapshotError};
+use crate::snapshot::{
+    Folder, NewFiles, NewFolder, NewSnapshot, Overlay, Saved, SavedState, Snapshot, SnapshotError, is_nameless,
+};
 
 /// A snapshot that is asked for.
 #[derive(Debug, Clone, PartialEq, Eq, Deserialize)]
@@ -33,6 +33,9 @@ pub struct SnapshotRequest {
     /// Ends the VM when the snapshot is on stable storage: it has not run since.
     #[serde(default)]
     pub stop: bool,
+    /// Does it hold the disks? Else whoever restores it has to have them as they are now.
+    #[serde(default = "yes")]
+    pub disks: bool,
 }
 
 /// A snapshot that is to go on.
@@ -51,6 +54,11 @@ pub struct RestoreRequest {
     /// Does it go on at once, or stay paused?
     #[serde(default = "yes")]
     pub resume: bool,
+    /// A directory for what the VM writes to the snapshot's disks, in a file NAME.qcow2 for each. Without one it is gone
+    /// when the VM ends.
+    #[serde(default)]
+    #[cfg_attr(test, schema(value_type = Option<String>))]
+    pub disks: Option<PathBuf>,
 }
 
 fn yes() -> bool {
@@ -91,12 +99,14 @@ struct Begun {
     resume: bool,
 }
 
-/// What of memory goes into a snapshot.
+/// What of memory goes into a snapshot, and do the disks?
 #[derive(Clone, Copy)]
 enum Extent {
-    /// All of it, apart from any chain of differences.
-    All,
-    /// All of it, and the differences that come refer to it.
+    /// All of memory, apart from any chain of differences.
+    All {
+        disks: bool,
+    },
+    /// All of memory, and the differences that come refer to it.
     Base,
     Differences,
 }
@@ -113,7 +123,8 @@ impl Owner {
     pub(super) fn snapshot(&mut self, request: &SnapshotRequest, answerer: Answerer) {
         let begun = Instant::now();
         let new = || NewFolder::begin(&request.path).map(NewSnapshot::Folder);
-        let begin = self.at_work(Work::Saving, |owner| owner.begin_snapshot(new, Extent::All, request.stop, begun));
+        let what = Extent::All { disks: request.disks };
+        let begin = self.at_work(Work::Saving, |owner| owner.begin_snapshot(new, what, request.stop, begun));
         self.go_on_saving(begin, begun, request.stop, answerer);
     }
 
@@ -194,7 +205,7 @@ impl Owner {
             State::Paused { .. } | State::Pausing { .. } => true,
             _ => false,
         };
-        let new = new()?;
+        let mut new = new()?;
         if machine.pause()? == Pause::Pausing {
             self.go_on(!was_paused);
             return Err(Fault::Conflict("A vCPU is held up in a device of the host: try again later.".into()));
@@ -205,13 +216,26 @@ impl Owner {
         let saved = machine.at_rest(|rest| {
             // The state first: what was written counts as kept once memory is.
             let state = SavedState { machine: rest.state()?, description };
-            let saved = Saved { config: rest.config(), state };
+            let mut config = rest.config();
+            match (&mut new, extent) {
+                (NewSnapshot::Folder(new), Extent::All { disks: true }) => {
+                    for (number, disk) in config.disks.iter_mut().enumerate() {
+                        new.store(number, disk, &rest.layers(&disk.name)?)?;
+                    }
+                }
+                _ => {
+                    if let Some(disk) = config.disks.iter().find(|disk| is_nameless(&disk.config.path)) {
+                        return Err(Fault::NamelessDisk(disk.name.clone()));
+                    }
+                }
+            }
+            let saved = Saved { config, state };
             let written = match extent {
-                Extent::All => rest.write_memory(new.memory()).map(|()| None),
+                Extent::All { .. } => rest.write_memory(new.memory()).map(|()| None),
                 Extent::Base => rest.write_base(new.memory()).map(Some),
                 Extent::Differences => rest.write_differences(new.memory()).map(Some),
             };
-            Ok::<_, SaveError>((saved, written?))
+            Ok((saved, written?))
         });
         if saved.is_err() || !stop {
             self.go_on(!was_paused);
@@ -272,9 +296,12 @@ impl Owner {
     /// # Errors
     /// What is missing, or does not go together; it can be tried again then.
     pub fn restore(&mut self, snapshot: Snapshot, revival: Revival) -> Result<(), Fault> {
-        let Snapshot { config, state, memory, .. } = snapshot;
+        let Snapshot { config, state, memory, mut overlays } = snapshot;
         let memory = SavedMemory::File(memory);
-        self.at_work(Work::Starting, |owner| owner.build_saved(&config, state, memory, revival))
+        self.at_work(Work::Starting, |owner| owner.build_saved(&config, state, memory, revival))?;
+        overlays.iter_mut().for_each(Overlay::stay);
+        self.overlays = overlays;
+        Ok(())
     }
 
     fn build_saved(
@@ -336,11 +363,12 @@ impl Owner {
         if !self.plan.is_untouched() {
             return Err(Fault::Conflict("A VM has been described already: restore into one that has not.".into()));
         }
-        let mut snapshot = Folder::open(&request.path)?.snapshot;
+        let mut folder = Folder::open(&request.path)?;
         for (place, value) in &request.overrides {
             let change: Override = format!("{place}={value}").parse().map_err(Fault::Override)?;
-            change.apply(&mut snapshot.config).map_err(Fault::Override)?;
+            change.apply(&mut folder.snapshot.config).map_err(Fault::Override)?;
         }
+        let snapshot = folder.with_overlays(request.disks.as_deref())?;
         self.restore(snapshot, Revival { clock: request.clock, track_writes: false })?;
         if request.resume { self.resume() } else { Ok(()) }
     }

@@ -15,7 +15,7 @@ use super::drive::Drive;
 use super::error::{MachineError, PlugError};
 use super::events::EventQueue;
 use super::parts::{OpenDisk, OpenNic};
-use crate::backend::Limiter;
+use crate::backend::{Disk, Limiter};
 use crate::config::{EntropyConfig, NetConfig, Transport};
 use crate::devices::{Front, rng};
 use crate::memory::Ram;
@@ -311,6 +311,13 @@ impl Devices {
             Some(drive) if *presence == Presence::Present => Ok((drive, &place.events)),
             _ => Err(PlugError::Leaving(id)),
         }
+    }
+
+    /// A disk, also one that the guest is to let go of.
+    #[must_use]
+    pub fn disk(&self, id: &str) -> Option<&Disk> {
+        let is_it = |device: &&Device| matches!(&device.id, DeviceId::Disk(name) if name == id);
+        self.all.iter().find(is_it)?.drive.as_ref().map(|drive| &*drive.disk)
     }
 
     /// Disks that have got another file, of which nobody has heard yet.

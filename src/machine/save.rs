@@ -10,7 +10,9 @@ use vm_memory::GuestMemoryBackend;
 use super::devices::DeviceBusy;
 use super::saved::{MachineStateV1, Versioned};
 use super::{KvmError, Machine, MachineError, State};
-use crate::config::{MemorySize, SavedVm};
+use crate::backend::Disk;
+use crate::backend::disk::Layer;
+use crate::config::{DiskConfig, MemorySize, SavedVm};
 use crate::cpu::StateShape;
 use crate::memory;
 use crate::memory::written::Written;
@@ -30,6 +32,8 @@ pub enum SaveError {
     State(#[from] MachineError),
     #[error("cannot write the guest's memory")]
     Memory(#[source] io::Error),
+    #[error("cannot get hold of the files of disk '{name}'")]
+    Disk { name: String, source: io::Error },
 }
 
 impl From<KvmError> for SaveError {
@@ -101,6 +105,12 @@ impl AtRest<'_> {
     #[must_use]
     pub fn config(&self) -> SavedVm {
         let (mut disks, mut nics, entropy) = self.0.devices.describe();
+        // Whoever reads this may be elsewhere.
+        for DiskConfig { path, image, .. } in disks.iter_mut().map(|disk| &mut disk.config) {
+            for path in std::iter::once(path).chain(image.backing.iter_mut().map(|backing| &mut backing.path)) {
+                *path = std::path::absolute(&*path).unwrap_or_else(|_| path.clone());
+            }
+        }
         self.0.limits.describe(&mut disks, &mut nics);
         // One that was made up is the card's from now on, also in the network that is told of it.
         for device in self.0.devices.save().devices {
@@ -118,6 +128,15 @@ impl AtRest<'_> {
             nics,
             entropy,
         }
+    }
+
+    /// The files of a disk, the one that is written to first. All that the guest has written is in them.
+    ///
+    /// # Errors
+    /// When there is no such disk, or too many files are open.
+    pub fn layers(&self, disk: &str) -> Result<Vec<Layer>, SaveError> {
+        let layers = self.0.devices.disk(disk).map_or_else(|| Err(io::ErrorKind::NotFound.into()), Disk::layers);
+        layers.map_err(|source| SaveError::Disk { name: disk.to_owned(), source })
     }
 
     /// All of it but memory and disks.

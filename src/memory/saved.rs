@@ -115,7 +115,13 @@ pub fn copy_data(from: &File, to: &File, range: Range<u64>) -> io::Result<()> {
             match rustix::fs::copy_file_range(from, Some(&mut read_at), to, Some(&mut write_at), left) {
                 Ok(0) => return Err(io::ErrorKind::UnexpectedEof.into()),
                 Ok(_) => {}
-                Err(rustix::io::Errno::XDEV | rustix::io::Errno::NOSYS | rustix::io::Errno::OPNOTSUPP) => {
+                // Other file systems, and block devices, which have no such call.
+                Err(
+                    rustix::io::Errno::XDEV
+                    | rustix::io::Errno::NOSYS
+                    | rustix::io::Errno::OPNOTSUPP
+                    | rustix::io::Errno::INVAL,
+                ) => {
                     let mut chunk = vec![0; left.min(1 << 20)];
                     from.read_exact_at(&mut chunk, read_at)?;
                     to.write_all_at(&chunk, write_at)?;

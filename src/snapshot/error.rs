@@ -5,6 +5,8 @@ use std::path::PathBuf;
 
 use thiserror::Error;
 
+use crate::backend::disk::tools::ToolError;
+
 #[derive(Debug, Error)]
 pub enum SnapshotError {
     #[error("{} is there already", .0.display())]
@@ -19,6 +21,10 @@ pub enum SnapshotError {
     Version { path: PathBuf, version: u32, known: u32 },
     #[error("{} is damaged: {what}", path.display())]
     Damaged { path: PathBuf, what: String },
+    #[error("{} says that disk '{disk}' lies in '{}', which is no part of the snapshot", path.display(), file.display())]
+    NotAPart { path: PathBuf, disk: String, file: PathBuf },
+    #[error("there is no place for what the VM writes to its disk '{disk}'")]
+    Overlay { disk: String, source: Box<ToolError> },
     #[error("{} does not say what it should", path.display())]
     Syntax { path: PathBuf, source: serde_json::Error },
 }
@@ -36,6 +42,10 @@ impl SnapshotError {
             Self::Read { .. } | Self::NotASnapshot(_) => "give a directory that 'tranche snapshot create' has made",
             Self::Version { .. } => "use the release that made it, or a newer one",
             Self::Damaged { .. } => "fetch or copy the snapshot again; 'tranche snapshot verify' checks all of it",
+            Self::Overlay { .. } => {
+                "$TMPDIR or /var/tmp, or the directory given for disks, has to have room and be yours to write to"
+            }
+            Self::NotAPart { .. } => "put the file back as it was, or say \"stored\": false and a path of this host",
             Self::Syntax { .. } => "put the file back as it was, or mend what was changed",
         })
     }

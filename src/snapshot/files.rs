@@ -134,7 +134,7 @@ impl Snapshot {
     /// What is wrong with which of them.
     pub fn open_files(state_path: &Path, memory_path: &Path) -> Result<Self, SnapshotError> {
         let (config, state) = Self::read_state(state_path)?;
-        Ok(Self { config, state, memory: Self::open_memory(memory_path)? })
+        Ok(Self { config, state, memory: Self::open_memory(memory_path)?, overlays: Vec::new() })
     }
 
     /// Opens the file of a memory.

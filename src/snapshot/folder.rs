@@ -8,9 +8,12 @@ use std::time::SystemTime;
 
 use rustix::fs::{CWD, FlockOperation, RenameFlags};
 
+use super::disks::{self, DISKS, StoredFile};
 use super::manifest::{self, CpuNeeds, Manifest, PartEntry};
 use super::memory_digest::{digest, digest_of};
-use super::{Saved, Snapshot, SnapshotError};
+use super::{Overlay, Saved, Snapshot, SnapshotError};
+use crate::backend::disk::Layer;
+use crate::config::{SavedDisk, SavedVm};
 use crate::memory::saved::Data;
 use crate::observe::rfc3339;
 
@@ -31,6 +34,7 @@ pub struct NewFolder {
     /// The directory, locked: what is partial and not locked belongs to nobody any more.
     _lock: File,
     memory: File,
+    disks: Vec<StoredFile>,
     finished: bool,
 }
 
@@ -57,7 +61,9 @@ impl NewFolder {
             Ok((lock, memory))
         };
         match prepare() {
-            Ok((lock, memory)) => Ok(Self { path: path.to_owned(), partial, _lock: lock, memory, finished: false }),
+            Ok((lock, memory)) => {
+                Ok(Self { path: path.to_owned(), partial, _lock: lock, memory, disks: Vec::new(), finished: false })
+            }
             Err(error) => {
                 let _ = fs::remove_dir_all(&partial);
                 Err(failed(error))
@@ -71,12 +77,23 @@ impl NewFolder {
         &self.memory
     }
 
+    /// Takes in a disk, of which nobody may write to `layers` meanwhile; `disk` lies in the snapshot then.
+    ///
+    /// # Errors
+    /// The host's.
+    pub fn store(&mut self, number: usize, disk: &mut SavedDisk, layers: &[Layer]) -> Result<(), SnapshotError> {
+        let stored = disks::store(&self.partial, number, disk, layers);
+        self.disks.extend(stored.map_err(|source| SnapshotError::Write { path: self.path.clone(), source })?);
+        Ok(())
+    }
+
     /// Brings all of it to stable storage, and to its place. Takes as long as the disk does.
     ///
     /// # Errors
     /// The host's; nothing is left of it then.
     pub fn finish(mut self, saved: &Saved) -> Result<(), SnapshotError> {
-        let failed = |source| SnapshotError::Write { path: self.path.clone(), source };
+        let path = self.path.clone();
+        let failed = |source| SnapshotError::Write { path: path.clone(), source };
         let parts = self.write_parts(saved).map_err(failed)?;
         let (vendor, features) = saved.state.machine.cpu_needs();
         let manifest = Manifest {
@@ -96,7 +113,8 @@ impl NewFolder {
         Ok(())
     }
 
-    fn write_parts(&self, saved: &Saved) -> io::Result<Vec<PartEntry>> {
+    fn write_parts(&mut self, saved: &Saved) -> io::Result<Vec<PartEntry>> {
+        let disks = std::mem::take(&mut self.disks);
         // The disk works while the checksum is reckoned.
         let (synced, sha256) = std::thread::scope(|threads| {
             let sync = threads.spawn(|| self.memory.sync_data());
@@ -107,7 +125,11 @@ impl NewFolder {
         let memory = PartEntry { name: MEMORY.into(), size: self.memory.metadata()?.len(), sha256: sha256? };
         let config = self.write_document(CONFIG, &saved.config)?;
         let state = self.write_document(STATE, &saved.state)?;
-        Ok(vec![config, state, memory])
+        let mut parts = vec![config, state, memory];
+        for file in disks {
+            parts.push(file.finish()?);
+        }
+        Ok(parts)
     }
 
     fn write_document(&self, name: &str, document: &impl serde::Serialize) -> io::Result<PartEntry> {
@@ -120,6 +142,10 @@ impl NewFolder {
     }
 
     fn place(&self) -> io::Result<()> {
+        match File::open(self.partial.join(DISKS)) {
+            Err(error) if error.kind() == io::ErrorKind::NotFound => {}
+            disks => disks?.sync_all()?,
+        }
         File::open(&self.partial)?.sync_all()?;
         match rustix::fs::renameat_with(CWD, &self.partial, CWD, &self.path, RenameFlags::NOREPLACE) {
             // A file system that cannot promise that nothing is replaced; a directory that has files never is.
@@ -182,11 +208,34 @@ impl Folder {
         let state = parse(&path.join(STATE), &state_text)?;
         // This one may be changed, also in length.
         let config = path.join(CONFIG);
-        let config = parse(&config, &read_document(&config)?)?;
+        let config: SavedVm = parse(&config, &read_document(&config)?)?;
+        check_disks(path, &manifest, &config)?;
         let memory_path = path.join(MEMORY);
         let memory = File::open(&memory_path).map_err(|source| missing_or(memory_path, source))?;
         check_size(path, &manifest, MEMORY, &memory)?;
-        Ok(Self { path: path.to_owned(), manifest, snapshot: Snapshot { config, state, memory } })
+        Ok(Self { path: path.to_owned(), manifest, snapshot: Snapshot { config, state, memory, overlays: Vec::new() } })
+    }
+
+    /// The snapshot with its disks in their places, and an image over each that is written to: in the directory `keep`, or
+    /// in files without names, which go with the VM.
+    ///
+    /// # Errors
+    /// What keeps us from making those.
+    pub fn with_overlays(self, keep: Option<&Path>) -> Result<Snapshot, SnapshotError> {
+        let Self { path, mut snapshot, .. } = self;
+        if snapshot.config.disks.iter().any(|disk| disk.stored) {
+            let folder = path.canonicalize().map_err(|source| SnapshotError::Read { path, source })?;
+            for disk in snapshot.config.disks.iter_mut().filter(|disk| disk.stored) {
+                disk.stored = false;
+                let config = &mut disk.config;
+                let behind = config.image.backing.iter_mut().map(|backing| &mut backing.path);
+                std::iter::once(&mut config.path).chain(behind).for_each(|path| *path = folder.join(&path));
+                if !config.read_only {
+                    snapshot.overlays.push(Overlay::put_over(disk, keep)?);
+                }
+            }
+        }
+        Ok(snapshot)
     }
 
     /// Reads what a snapshot says of itself, and nothing else.
@@ -236,10 +285,39 @@ impl Folder {
         let sha256 =
             digest(&self.snapshot.memory).map_err(|source| SnapshotError::Read { path: memory_path, source })?;
         check_digest(&self.path, &self.manifest, MEMORY, &sha256)?;
+        for part in self.manifest.parts.iter().filter(|part| is_of_a_disk(&part.name)) {
+            let path = self.path.join(&part.name);
+            let sha256 = File::open(&path).and_then(|file| digest(&file));
+            let sha256 = sha256.map_err(|source| SnapshotError::Read { path, source })?;
+            check_digest(&self.path, &self.manifest, &part.name, &sha256)?;
+        }
         let config = read_document(&self.path.join(CONFIG))?;
         let changed = check_digest(&self.path, &self.manifest, CONFIG, &digest_of(&config)).is_err();
         Ok(changed.then_some(CONFIG).into_iter().collect())
     }
+}
+
+fn is_of_a_disk(name: &str) -> bool {
+    name.strip_prefix(DISKS).is_some_and(|name| name.starts_with('/'))
+}
+
+/// Each disk of the snapshot has to lie in files of it, which are as long as they were.
+fn check_disks(path: &Path, manifest: &Manifest, config: &SavedVm) -> Result<(), SnapshotError> {
+    for disk in config.disks.iter().filter(|disk| disk.stored) {
+        let behind = disk.config.image.backing.iter().map(|backing| &backing.path);
+        for file in std::iter::once(&disk.config.path).chain(behind) {
+            let name = file.to_str().filter(|name| is_of_a_disk(name) && manifest.part(name).is_some());
+            let name = name.ok_or_else(|| SnapshotError::NotAPart {
+                path: path.join(CONFIG),
+                disk: disk.name.clone(),
+                file: file.clone(),
+            })?;
+            let stored = path.join(name);
+            let open = File::open(&stored).map_err(|source| missing_or(stored, source))?;
+            check_size(path, manifest, name, &open)?;
+        }
+    }
+    Ok(())
 }
 
 fn read_part(path: &Path, manifest: &Manifest, name: &str) -> Result<Vec<u8>, SnapshotError> {

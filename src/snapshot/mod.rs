@@ -6,15 +6,18 @@
 //!   config.json     what a person reads and may change: disks, networks
 //!   state.json      vCPUs, chips and devices, each with its kind and version
 //!   memory          guest RAM; what was never touched is a hole
+//!   disks/          the files of the disks, which nobody writes to any more
 //! ```
 //! It is written under another name beside its own, brought to stable storage, and renamed: it is there whole, or not
 //! at all. Nothing of it is ever written to again.
 
+mod disks;
 mod error;
 mod files;
 mod folder;
 mod manifest;
 mod memory_digest;
+mod overlay;
 #[cfg(test)]
 mod tests;
 
@@ -27,6 +30,7 @@ pub use self::files::NewFiles;
 pub use self::folder::{Folder, NewFolder};
 pub use self::manifest::VERSION as FILE_VERSION;
 pub use self::manifest::{CpuNeeds, Manifest, PartEntry};
+pub use self::overlay::{Overlay, is_nameless};
 use crate::config::SavedVm;
 use crate::config::firecracker::VmDescription;
 use crate::machine::MachineStateV1;
@@ -53,6 +57,8 @@ pub struct Snapshot {
     pub config: SavedVm,
     pub state: SavedState,
     pub memory: File,
+    /// What is written to its disks goes there.
+    pub overlays: Vec<Overlay>,
 }
 
 /// A snapshot that is being written. Dropping it leaves nothing behind.

@@ -187,7 +187,8 @@ fn write(golden: &Path, transport: &str) {
     worker.tell(&mut vm.running, BEFORE);
     worker.check(&mut vm.running);
     let dir = vm.path("snap");
-    let answer = vm.ask("PUT", "/v2/vm/snapshot", Some(&json!({ "path": dir, "stop": true }).to_string()));
+    let answer =
+        vm.ask("PUT", "/v2/vm/snapshot", Some(&json!({ "path": dir, "stop": true, "disks": false }).to_string()));
     assert_eq!(answer.status, 200, "{}", String::from_utf8_lossy(&answer.body));
 
     let mut state = read(&dir.join("state.json"));

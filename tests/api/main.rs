@@ -15,4 +15,5 @@ mod reset;
 mod rules;
 mod schemathesis;
 mod snapshots;
+mod stored_disks;
 mod vm;

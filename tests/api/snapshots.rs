@@ -25,7 +25,11 @@ fn type_in(running: &mut Running, text: &str) {
 }
 
 fn snapshot(vm: &Vm, path: &Path, stop: bool) -> Value {
-    let body = json!({ "path": path, "stop": stop }).to_string();
+    save(vm, &json!({ "path": path, "stop": stop }))
+}
+
+fn save(vm: &Vm, request: &Value) -> Value {
+    let body = request.to_string();
     let answer = vm.ask("PUT", "/v2/vm/snapshot", Some(&body));
     let text = String::from_utf8_lossy(&answer.body).into_owned();
     assert_eq!(answer.status, 200, "{text}");
@@ -186,7 +190,7 @@ fn a_disk_that_is_gone_is_named_with_what_overrides_it() {
     vm.put("/drives/data", &drive("data", false, &disk));
     vm.boot_hello("end=echo");
     let dir = vm.path("snap");
-    snapshot(&vm, &dir, false);
+    save(&vm, &json!({ "path": dir, "disks": false }));
 
     // The first VM has it still.
     let ended = Running::start(&mut restore(&dir)).wait(LIMIT).expect_code(31);

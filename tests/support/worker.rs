@@ -43,6 +43,11 @@ impl Worker {
         running.output.wait_for(&format!("after {}: {:x}\n", self.letters, self.sum()), LIMIT);
     }
 
+    /// What is on the guest's disk.
+    pub fn disk_now(&self) -> &[u8] {
+        &self.disk
+    }
+
     /// Does what another has told the guest.
     pub fn recall(&mut self, letters: &str) {
         letters.chars().for_each(|letter| self.take(letter));
@@ -58,6 +63,12 @@ impl Worker {
                 }
             }
             'z' => self.random_page().fill(0),
+            'b' => {
+                let page = self.next() as usize;
+                let sector = self.next() as usize % (self.disk.len() / 512 - 7);
+                let bytes: Vec<_> = self.page(page).iter().flat_map(|word| word.to_le_bytes()).collect();
+                self.disk[sector * 512..][..4096].copy_from_slice(&bytes);
+            }
             'd' => {
                 let page = self.next() as usize;
                 let sector = self.next() as usize % (self.disk.len() / 512 - 7);

@@ -4,6 +4,7 @@
 
 mod error;
 mod file;
+mod layers;
 pub mod qcow2;
 mod raw;
 pub mod tools;
@@ -16,6 +17,8 @@ use std::path::{Path, PathBuf};
 use std::sync::Arc;
 
 pub use self::error::DiskError;
+pub use self::file::size as file_size;
+pub use self::layers::Layer;
 
 use self::file::DiskFile;
 use self::qcow2::Qcow2;

@@ -105,7 +105,7 @@ impl Devices {
         for device in &self.all {
             match (&device.id, &device.drive) {
                 (DeviceId::Disk(name), Some(drive)) => {
-                    disks.push(SavedDisk { name: name.clone(), config: drive.config.clone() });
+                    disks.push(SavedDisk { name: name.clone(), stored: false, config: drive.config.clone() });
                 }
                 (DeviceId::Nic(name), _) => {
                     let network = self.networks.iter().find(|network| network.0 == device.id);

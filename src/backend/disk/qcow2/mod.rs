@@ -20,7 +20,7 @@ use imago::raw::Raw as ImagoRaw;
 use imago::{DenyImplicitOpenGate, FormatAccess, FormatDriverBuilder};
 
 use super::file::DiskFile;
-use super::{DiskError, SECTOR};
+use super::{DiskError, Layer, SECTOR};
 use crate::backend::host::HostFiles;
 use crate::config::{Backing, DiskFormat};
 use crate::memory::IoBuf;
@@ -37,6 +37,8 @@ const CHUNK: usize = 256 << 10;
 pub struct Qcow2 {
     state: Mutex<State>,
     pub header: Header,
+    /// The files behind it, the next one first.
+    pub behind: Vec<Layer>,
 }
 
 #[derive(Debug)]
@@ -63,10 +65,17 @@ impl Qcow2 {
     ) -> Result<(Self, u64), DiskError> {
         let (header, file, block_size) = open_file(files, path, read_only)?;
         let again = file.try_clone().map_err(|source| DiskError::Open { path: path.to_owned(), source })?;
-        let image = access(files, path, file, &header, !read_only, backing)?;
+        let mut behind = Vec::new();
+        let image = access(files, path, file, &header, !read_only, backing, &mut behind)?;
         let state = State { image: Some(image), file: again, dirty: false, chunk: Vec::new() };
         let block_size = block_size.max(header.cluster_size());
-        Ok((Self { state: Mutex::new(state), header }, block_size))
+        Ok((Self { state: Mutex::new(state), header, behind }, block_size))
+    }
+
+    /// The image's own file.
+    pub fn top(&self, path: &Path) -> io::Result<Layer> {
+        let state = self.state.lock().unwrap_or_else(PoisonError::into_inner);
+        Layer::new(path.to_owned(), DiskFormat::Qcow2, &state.file)
     }
 
     pub fn read(&self, buf: &mut IoBuf, mut offset: u64, before_wait: Option<&mut dyn FnMut()>) -> io::Result<()> {
@@ -245,7 +254,7 @@ fn open_file(files: &dyn HostFiles, path: &Path, read_only: bool) -> Result<(Hea
     Ok((header, file, block_size))
 }
 
-/// Puts imago onto the file, and the chain of backing files behind it.
+/// Puts imago onto the file, and the chain of backing files behind it, which are added to `layers`.
 fn access(
     files: &dyn HostFiles,
     path: &Path,
@@ -253,6 +262,7 @@ fn access(
     header: &Header,
     writable: bool,
     backing: &[Backing],
+    layers: &mut Vec<Layer>,
 ) -> Result<Access, DiskError> {
     let behind = match (&header.backing, backing) {
         (None, []) => None,
@@ -261,7 +271,7 @@ fn access(
             let format = header.backing_format.clone();
             return Err(DiskError::BackingNotNamed { path: path.to_owned(), name: name.clone(), format });
         }
-        (Some(_), [first, rest @ ..]) => Some(layer(files, path, header, first, rest)?),
+        (Some(_), [first, rest @ ..]) => Some(layer(files, path, header, first, rest, layers)?),
     };
     let fail = |source: io::Error| DiskError::Image { path: path.to_owned(), source: source.into() };
     let storage = imago::file::File::try_from(file).map_err(fail)?;
@@ -276,6 +286,7 @@ fn layer(
     header: &Header,
     backing: &Backing,
     rest: &[Backing],
+    layers: &mut Vec<Layer>,
 ) -> Result<Access, DiskError> {
     let path = &backing.path;
     let format = match (backing.format, header.backing_format.as_deref()) {
@@ -285,18 +296,20 @@ fn layer(
             return Err(DiskError::BackingFormat { path: above.to_owned(), format: format.to_owned() });
         }
     };
+    let fail = |source: io::Error| DiskError::Open { path: path.clone(), source };
     match format {
         DiskFormat::Qcow2 => {
             let (header, file, _) = open_file(files, path, true)?;
-            access(files, path, file, &header, false, rest)
+            layers.push(Layer::new(path.clone(), format, &file).map_err(fail)?);
+            access(files, path, file, &header, false, rest, layers)
         }
         DiskFormat::Raw if !rest.is_empty() => Err(DiskError::NoBacking { path: path.clone() }),
         DiskFormat::Raw => {
-            let fail = |source: io::Error| DiskError::Open { path: path.clone(), source };
             let file = DiskFile::open(files, path, true)?.file;
             if backing.format.is_none() && header::looks_like_qcow2(&file).map_err(fail)? {
                 return Err(DiskError::LooksLikeQcow2 { path: path.clone(), option: "backing-format" });
             }
+            layers.push(Layer::new(path.clone(), format, &file).map_err(fail)?);
             let storage = imago::file::File::try_from(file).map_err(fail)?;
             let raw = ImagoRaw::builder(storage).write(false).open(DenyImplicitOpenGate::default());
             Ok(FormatAccess::new(raw.map_err(fail)?))

@@ -30,7 +30,7 @@ pub fn create(
     force: bool,
 ) -> Result<(), ToolError> {
     let behind = backing.map(|backing| behind(path, backing)).transpose()?;
-    let size = size.or(behind.as_ref().map(|behind| behind.size)).unwrap_or(0);
+    let size = size.or(behind.as_ref().map(|behind| behind.size.next_multiple_of(SECTOR))).unwrap_or(0);
     check_size(size)?;
     let new = NewFile::start(path, force)?;
     let made = match format {
@@ -39,6 +39,17 @@ pub fn create(
     };
     made.map_err(|source| ToolError::Write { path: path.to_owned(), source })?;
     new.finish()
+}
+
+/// Makes an empty image in an empty file, at `path`, over a file that nobody writes to any more.
+///
+/// # Errors
+/// Where the file behind it is no disk, or the image cannot be written.
+pub fn make_overlay(file: &File, path: &Path, backing: &Backing) -> Result<(), ToolError> {
+    let behind = behind(path, backing)?;
+    // As a disk, it had no more than its whole sectors.
+    let size = behind.size - behind.size % SECTOR;
+    make_qcow2(file, size, Some(behind)).map_err(|source| ToolError::Write { path: path.to_owned(), source })
 }
 
 /// A backing file, as an image over it will have to know it.
@@ -89,5 +100,5 @@ fn behind(image: &Path, backing: &Backing) -> Result<Behind, ToolError> {
     };
     let name = name.to_str().filter(|name| name.len() <= MAX_NAME);
     let name = name.ok_or_else(|| ToolError::BackingName { path: path.clone() })?.to_owned();
-    Ok(Behind { name, format: backing.format.unwrap_or(DiskFormat::Raw), size: size.next_multiple_of(SECTOR) })
+    Ok(Behind { name, format: backing.format.unwrap_or(DiskFormat::Raw), size })
 }

@@ -16,7 +16,7 @@ use thiserror::Error;
 use super::{DiskError, SECTOR};
 
 pub use self::convert::{Source, convert};
-pub use self::create::create;
+pub use self::create::{create, make_overlay};
 pub use self::info::{DiskInfo, Use, info};
 pub use self::resize::{repair, resize};
 
