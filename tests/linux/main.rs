@@ -20,4 +20,5 @@ mod qcow2;
 mod queues;
 mod shape;
 mod small_kernel;
+mod snapshots;
 mod user_network;
