@@ -4,6 +4,7 @@ pub mod disk;
 pub mod frames;
 pub mod host;
 pub mod limiter;
+pub mod netns;
 pub mod passt;
 pub mod tap;
 pub mod vhost;

@@ -5,7 +5,7 @@
 use std::ffi::{c_int, c_short, c_uint};
 use std::fs::File;
 use std::io;
-use std::os::fd::{AsFd, AsRawFd, BorrowedFd};
+use std::os::fd::{AsFd, AsRawFd, BorrowedFd, OwnedFd};
 
 use rustix::fs::OFlags;
 use rustix::net::{AddressFamily, SocketFlags, SocketType};
@@ -105,14 +105,8 @@ impl Tap {
     /// Attaches to the tap called `name` by as many queues; the host spreads flows over them. It has to exist: one
     /// made on the spot would be connected to nothing and vanish with us.
     pub fn attach(files: &dyn HostFiles, name: &str, queues: u16) -> Result<Vec<Self>, TapError> {
-        // What the kernel would take; `%` is a pattern there.
-        let valid = |byte: u8| byte.is_ascii_graphic() && !matches!(byte, b'/' | b'%' | b':');
-        if name.is_empty() || name.len() >= libc::IFNAMSIZ || !name.bytes().all(valid) {
-            return Err(TapError::Name(name.into()));
-        }
-        // Any socket speaks for the network namespace.
-        let socket = rustix::net::socket_with(AddressFamily::UNIX, SocketType::DGRAM, SocketFlags::CLOEXEC, None)
-            .map_err(|errno| failed(name, "opening a socket")(errno.into()))?;
+        check_name(name)?;
+        let socket = any_socket(name)?;
         match rustix::net::netdevice::name_to_index(&socket, name) {
             Ok(_) => {}
             Err(rustix::io::Errno::NODEV) => return Err(TapError::NoSuchTap(name.into())),
@@ -202,6 +196,41 @@ impl AsFd for Tap {
     fn as_fd(&self) -> BorrowedFd<'_> {
         self.file.as_fd()
     }
+}
+
+/// Makes a tap for so many queues in the network namespace of this process, and sets it up. It stays as long as the
+/// namespace does.
+///
+/// # Errors
+/// When it is there already and in use, or the host does not let us.
+pub fn create(files: &dyn HostFiles, name: &str, queues: u16) -> Result<(), TapError> {
+    check_name(name)?;
+    let file = files.open(&HostFile::Tun).map_err(TapError::Open)?;
+    set_interface(file.as_fd(), name, queues > 1)?;
+    // SAFETY: TUNSETPERSIST takes a number by value.
+    check(unsafe { libc::ioctl(file.as_raw_fd(), libc::TUNSETPERSIST as _, 1 as libc::c_ulong) })
+        .map_err(failed(name, "keeping it"))?;
+    let socket = any_socket(name)?;
+    let mut request = interface_request(name);
+    ioctl(socket.as_fd(), libc::SIOCGIFFLAGS as _, &mut request).map_err(failed(name, "reading its flags"))?;
+    // SAFETY: SIOCGIFFLAGS has filled this member of the union, and any bits make an integer.
+    unsafe { request.ifr_ifru.ifru_flags |= libc::IFF_UP as c_short };
+    ioctl(socket.as_fd(), libc::SIOCSIFFLAGS as _, &mut request).map_err(failed(name, "setting it up"))
+}
+
+/// Is it what the kernel would take? `%` is a pattern there.
+fn check_name(name: &str) -> Result<(), TapError> {
+    let valid = |byte: u8| byte.is_ascii_graphic() && !matches!(byte, b'/' | b'%' | b':');
+    match name.is_empty() || name.len() >= libc::IFNAMSIZ || !name.bytes().all(valid) {
+        true => Err(TapError::Name(name.into())),
+        false => Ok(()),
+    }
+}
+
+/// Any socket speaks for the network namespace.
+fn any_socket(name: &str) -> Result<OwnedFd, TapError> {
+    rustix::net::socket_with(AddressFamily::UNIX, SocketType::DGRAM, SocketFlags::CLOEXEC, None)
+        .map_err(|errno| failed(name, "opening a socket")(errno.into()))
 }
 
 /// Binds a tun descriptor to an interface: to one made for several queues if several are wanted, else to any.

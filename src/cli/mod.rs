@@ -2,6 +2,7 @@
 
 mod api;
 mod api_socket;
+mod clone;
 mod console;
 mod disk;
 mod escape;
@@ -47,6 +48,7 @@ enum Verb {
     /// Save a VM to a directory, look at one that was saved, check it
     Snapshot(snapshot::SnapshotArgs),
     Restore(restore::RestoreArgs),
+    Clone(clone::CloneArgs),
     #[command(subcommand)]
     Kernel(kernel::KernelVerb),
     /// Make disks, look at them, resize, mend and copy them
@@ -72,6 +74,7 @@ pub fn main(start: Instant) -> ExitCode {
         Verb::Power(args) => api::power(&args),
         Verb::Snapshot(args) => snapshot::run(args),
         Verb::Restore(args) => restore::run(args, start),
+        Verb::Clone(args) => clone::run(&args),
         Verb::Kernel(verb) => kernel::run(verb),
         Verb::Disk(args) => disk::run(args),
     }

@@ -15,8 +15,9 @@ use super::run::{LogLevel, tell};
 use super::serve::{OnSignal, Served, serve};
 use super::signals::Signals;
 use super::start_error::StartError;
-use crate::backend::{HostFiles, OpenDirectly};
-use crate::config::{Override, SerialConfig, Transport};
+use crate::backend::netns::NetNamespace;
+use crate::backend::{HostFiles, OpenDirectly, tap};
+use crate::config::{NetBackend, Override, SavedVm, SerialConfig, Transport};
 use crate::control::{Identity, Owner, Revival};
 use crate::machine::{End, MachineError};
 use crate::memory::release_startup_code;
@@ -42,6 +43,14 @@ pub struct RestoreArgs {
     /// when the VM ends
     #[arg(long, value_name = "DIR")]
     disks: Option<PathBuf>,
+
+    /// The network namespace in which its taps are, by name or path, or 'new': one of its own, with taps of those names
+    #[arg(long, value_name = "new|NAME|PATH", value_parser = NetNamespace::from_str)]
+    netns: Option<NetNamespace>,
+
+    /// End it without more ado when the process ends that has started it
+    #[arg(long, value_name = "PID", hide = true)]
+    with_parent: Option<u32>,
 
     /// Where the API listens; a socket that nobody listens on any more is replaced
     #[arg(long, value_name = "PATH")]
@@ -95,12 +104,35 @@ pub fn run(args: RestoreArgs, start: Instant) -> ExitCode {
     std::process::exit(exit as i32);
 }
 
+/// Makes the taps that a VM is to be on, in a network namespace that has none yet.
+fn make_taps(config: &SavedVm, host: &dyn HostFiles) -> Result<(), MachineError> {
+    for nic in &config.nics {
+        if let NetBackend::Tap(network) = &nic.config.backend {
+            tap::create(host, &network.name, network.queues)?;
+        }
+    }
+    Ok(())
+}
+
 fn run_to_end(args: &RestoreArgs, timeline: &Arc<Timeline>) -> Result<End, StartError> {
     let resources = |what| move |source: std::io::Error| MachineError::Host { what, source };
     let host: Arc<dyn HostFiles> = Arc::new(OpenDirectly);
+    if let Some(parent) = args.with_parent {
+        rustix::process::set_parent_process_death_signal(Some(rustix::process::Signal::KILL))
+            .map_err(|error| resources("watch its parent")(error.into()))?;
+        if std::os::unix::process::parent_id() != parent {
+            return Ok(End::Killed);
+        }
+    }
     let mut folder = Folder::open(&args.dir)?;
     for change in &args.overrides {
         change.apply(&mut folder.snapshot.config).map_err(StartError::Override)?;
+    }
+    if let Some(namespace) = &args.netns {
+        namespace.enter()?;
+        if *namespace == NetNamespace::New {
+            make_taps(&folder.snapshot.config, &*host)?;
+        }
     }
     let snapshot = folder.with_overlays(args.disks.as_deref())?;
     let mut signals = Signals::block().map_err(resources("listen to signals"))?;

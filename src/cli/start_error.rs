@@ -7,6 +7,7 @@ use std::path::PathBuf;
 use thiserror::Error;
 
 use super::exit::{self, Exit};
+use crate::backend::netns::NetNamespaceError;
 use crate::config::OverrideError;
 use crate::control::Fault;
 use crate::machine::MachineError;
@@ -24,6 +25,8 @@ pub enum StartError {
     Snapshot(#[from] SnapshotError),
     #[error("cannot change what the saved VM is on")]
     Override(#[source] OverrideError),
+    #[error(transparent)]
+    Network(#[from] NetNamespaceError),
     #[error("the VM cannot be as it is described")]
     Fault(#[source] Fault),
 }
@@ -45,6 +48,7 @@ impl StartError {
             Self::Machine(error) => return exit::report(error),
             Self::Snapshot(error) => return super::snapshot::report(error),
             Self::Override(_) => (Exit::Usage, Some("'tranche snapshot inspect DIR' shows what it has")),
+            Self::Network(error) => (Exit::TapUnusable, Some(error.hint())),
             Self::ApiSocket { source, .. } if source.kind() == io::ErrorKind::AddrInUse => {
                 (Exit::ApiSocket, Some("another VM listens there, or it is no socket: give another path"))
             }

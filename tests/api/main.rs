@@ -4,6 +4,7 @@
 mod support;
 
 mod clients;
+mod clones;
 mod command_line;
 mod devices;
 mod endings;

@@ -1,7 +1,7 @@
 //! Disks that are part of a snapshot.
 
 use std::fs;
-use std::os::unix::fs::MetadataExt;
+use std::os::unix::fs::{MetadataExt, PermissionsExt};
 use std::path::{Path, PathBuf};
 use std::process::Command;
 
@@ -190,7 +190,7 @@ fn a_disk_that_only_reads_is_shared_and_chains_are_kept() {
     let files = tempdir().unwrap();
     let path = |name: &str| files.path().join(name);
     let base = disk_with(files.path(), "base", &Worker::disk(DISK));
-    fs::set_permissions(&base, fs::Permissions::from(std::os::unix::fs::PermissionsExt::from_mode(0o444))).unwrap();
+    fs::set_permissions(&base, fs::Permissions::from_mode(0o444)).unwrap();
     let (mut vm, mut worker) = working(
         &json!({
             "drive_id": "data",

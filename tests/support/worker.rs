@@ -40,7 +40,12 @@ impl Worker {
     pub fn check(&mut self, running: &mut Running) {
         self.tell(running, "s");
         running.output.wait_for(&format!("after {}: ", self.letters), LIMIT);
-        running.output.wait_for(&format!("after {}: {:x}\n", self.letters, self.sum()), LIMIT);
+        running.output.wait_for(&self.says(), LIMIT);
+    }
+
+    /// What it says when it was asked last.
+    pub fn says(&self) -> String {
+        format!("after {}: {:x}\n", self.letters, self.sum())
     }
 
     /// What is on the guest's disk.
