@@ -51,7 +51,6 @@ fn clone(snap: &Path, number: u32, run_dir: &Path) -> Command {
 
 /// Waits until so many have started; their numbers and processes.
 fn started(running: &Running, number: u32) -> BTreeMap<u32, Pid> {
-    running.output.wait_for(&format!("\n{number} ").trim_start_matches(if number == 1 { "\n" } else { "" }), LIMIT);
     running.output.wait_for(&format!("/{number}.sock\n"), LIMIT);
     let text = running.output.text();
     let lines = text.lines().map(|line| {
