@@ -4,7 +4,7 @@
 //! the interrupt controllers, the kernel, the devices, and the vCPUs at the end.
 
 use std::fs::File;
-use std::sync::{Arc, Mutex};
+use std::sync::{Arc, Mutex, PoisonError};
 
 use kvm_bindings::{
     KVM_API_VERSION, KVM_MEM_LOG_DIRTY_PAGES, KVM_PIT_SPEAKER_DUMMY, kvm_pit_config, kvm_userspace_memory_region,
@@ -33,7 +33,7 @@ use crate::platform::bus::{Bus, shared};
 use crate::platform::events::EventDevice;
 use crate::platform::interrupts::Interrupts;
 use crate::platform::serial::{SerialDevice, SerialPort};
-use crate::platform::{EventSink, events, layout, power};
+use crate::platform::{EventSink, events, generation, layout, power};
 
 impl Machine {
     /// Builds a machine: everything is loaded and ready when this returns. One that was saved is paused then, as it was.
@@ -77,6 +77,7 @@ impl Machine {
                 let virtio_mmio = devices::mmio_places(transport, device_count);
                 acpi::write(&ram, &AcpiConfig { cpus: cpus.into(), pci, virtio_mmio })?;
                 power::write_reset_vector(&ram).map_err(AcpiError::from)?;
+                generation::renew(&ram).map_err(MachineError::host("make a generation ID"))?;
                 Begun {
                     vcpus: create_vcpus(&vm, &cpuid, topology, &changes.msrs, &entry)?,
                     window_64,
@@ -102,6 +103,11 @@ impl Machine {
         let board = Arc::new(Board { ports: Bus::default(), mmio: Arc::default(), news: news.clone() });
         let interrupts = Arc::new(Interrupts::new(vm.clone()));
         let (event_device, serial) = attach_platform(&board, &news, &interrupts, serial, timeline, saved.as_deref())?;
+        let generation_id = saved.as_ref().is_none_or(|state| state.generation_id);
+        if saved.is_some() && generation_id {
+            generation::renew(&ram).map_err(MachineError::host("make a generation ID"))?;
+            event_device.lock().unwrap_or_else(PoisonError::into_inner).generation_changed();
+        }
         let limits = Limits::of(&disks, &nics);
         let knows_writes = logs_writes && !nics.iter().any(OpenNic::writes_behind_our_back);
         let opened = Opened { disks, nics, entropy };
@@ -123,6 +129,7 @@ impl Machine {
             devices,
             limits,
             knows_writes,
+            generation_id,
             window_64,
             transport,
             kvm,

@@ -84,6 +84,8 @@ pub struct Machine {
     limits: Limits,
     /// Are all pages known that have been written?
     knows_writes: bool,
+    /// Has the guest a generation ID? Not if it was saved by a release without.
+    generation_id: bool,
     window_64: Option<(u64, u64)>,
     transport: Transport,
     kvm: Kvm,

@@ -157,6 +157,7 @@ impl AtRest<'_> {
             serial: Versioned(machine.serial.save()),
             event_device: Versioned(machine.event_device().save()),
             devices: Versioned(machine.devices.save()),
+            generation_id: machine.generation_id,
         })
     }
 

@@ -86,6 +86,9 @@ pub struct MachineStateV1 {
     pub serial: Versioned<SerialStateV1>,
     pub event_device: Versioned<EventDeviceStateV1>,
     pub devices: Versioned<DevicesStateV1>,
+    /// Do the guest's ACPI tables tell of a generation ID?
+    #[serde(default)]
+    pub generation_id: bool,
 }
 
 /// Why a saved machine cannot go on here.

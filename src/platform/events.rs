@@ -24,6 +24,7 @@ pub const REGISTERS_SIZE: u64 = 16;
 /// Bits of the events register.
 pub const POWER_BUTTON: u32 = 1 << 0;
 pub const PCI_SLOTS: u32 = 1 << 1;
+pub const GENERATION: u32 = 1 << 2;
 
 const EVENTS: u64 = 0;
 const PCI_UP: u64 = 4;
@@ -72,6 +73,11 @@ impl EventDevice {
 
     pub fn press_power_button(&mut self) {
         self.raise(POWER_BUTTON);
+    }
+
+    /// Tells the guest that its generation ID is another.
+    pub fn generation_changed(&mut self) {
+        self.raise(GENERATION);
     }
 
     /// Tells the guest that `slot` has a device now.
@@ -198,6 +204,9 @@ mod tests {
         device.restore(state);
         assert_eq!(interrupt.read().unwrap(), 1);
         assert_eq!(read(&mut device, EVENTS), POWER_BUTTON);
+        device.generation_changed();
+        assert_eq!(interrupt.read().unwrap(), 1);
+        assert_eq!(read(&mut device, EVENTS), GENERATION);
         device.restore(EventDeviceStateV1::default());
         assert!(interrupt.read().is_err());
     }

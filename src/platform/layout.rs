@@ -2,7 +2,7 @@
 //!
 //! ```text
 //! 0            real-mode area, zero page, page tables, command line
-//! 0xe_0000     RSDP and ACPI tables; in the last 16 bytes the reset vector
+//! 0xe_0000     RSDP and ACPI tables; in the last 32 bytes the VM generation ID and the reset vector
 //! 0x10_0000    kernel, initrd, RAM ...
 //! 0xc000_0000  boot mark, event device, virtio over MMIO     ┐
 //! 0xd000_0000  32-bit PCI window                            │ the gap: no RAM
@@ -32,7 +32,9 @@ pub const CMDLINE_MAX: u64 = 0x1_0000;
 pub const LOW_RAM_END: u64 = 0x9_fc00;
 /// ACPI: the RSDP first, the other tables behind it.
 pub const ACPI: u64 = 0xe_0000;
-pub const ACPI_END: u64 = RESET_VECTOR;
+pub const ACPI_END: u64 = GENERATION_ID;
+/// The VM generation ID, 16 bytes.
+pub const GENERATION_ID: u64 = 0xf_ffe0;
 /// Where a real-mode `ljmp $0xf000, $0xfff0` leads: what a PC's firmware starts with.
 pub const RESET_VECTOR: u64 = 0xf_fff0;
 pub const HIGH_RAM: u64 = 0x10_0000;

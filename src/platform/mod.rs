@@ -4,6 +4,7 @@ pub mod acpi;
 pub mod bus;
 pub mod chips;
 pub mod events;
+pub mod generation;
 pub mod interrupts;
 pub mod layout;
 pub mod pci;

@@ -8,6 +8,7 @@ mod clones;
 mod command_line;
 mod devices;
 mod endings;
+mod generation;
 mod golden;
 mod lifecycle;
 mod pages;

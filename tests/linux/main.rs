@@ -11,6 +11,7 @@ mod bundles;
 mod clients;
 mod disk;
 mod endings;
+mod generation;
 mod guest;
 mod hotplug;
 mod mmio;

@@ -35,6 +35,7 @@ pub(super) fn build(config: &AcpiConfig) -> Vec<u8> {
         virtio_mmio(&mut aml, index, place);
     }
     power_button(&mut aml);
+    generation_id(&mut aml);
     event_device(&mut aml, has_pci);
     super::tables::table(b"DSDT", REVISION, &aml)
 }
@@ -184,6 +185,7 @@ mod notify {
     pub const DEVICE_CHECK: u8 = 1;
     pub const EJECT_REQUEST: u8 = 3;
     pub const POWER_BUTTON: u8 = 0x80;
+    pub const GENERATION_CHANGED: u8 = 0x80;
 }
 
 /// One device per slot of bus 0 behind the host bridge, and `PCNT`, which tells the guest which ones changed.
@@ -234,6 +236,22 @@ fn power_button(aml: &mut Vec<u8>) {
     device(aml, "_SB_.PWRB", vec![&hid("PNP0C0C"), &name("_UID", &ZERO)]);
 }
 
+/// Where the VM generation ID is ("Virtual Machine Generation ID", Microsoft): the lower and the upper half of its address.
+fn generation_id(aml: &mut Vec<u8>) {
+    let address = layout::GENERATION_ID;
+    let (low, high) = (address as u32, (address >> 32) as u32);
+    device(
+        aml,
+        "_SB_.VGEN",
+        vec![
+            &name("_HID", &"VMGENCTR"),
+            &name("_CID", &"VM_Gen_Counter"),
+            &name("_DDN", &"VM_Gen_Counter"),
+            &name("ADDR", &Package::new(vec![&low, &high])),
+        ],
+    );
+}
+
 /// The generic event device (section 5.6.9): its interrupt runs `_EVT`.
 fn event_device(aml: &mut Vec<u8>, has_pci: bool) {
     let pending = Local(0);
@@ -241,12 +259,16 @@ fn event_device(aml: &mut Vec<u8>, has_pci: bool) {
     let press = Notify::new(&button, &notify::POWER_BUTTON);
     let button_pressed = And::new(&ZERO, &pending, &events::POWER_BUTTON);
     let button_pressed = If::new(&button_pressed, vec![&press]);
+    let generation = path("VGEN");
+    let tell_generation = Notify::new(&generation, &notify::GENERATION_CHANGED);
+    let generation_changed = And::new(&ZERO, &pending, &events::GENERATION);
+    let generation_changed = If::new(&generation_changed, vec![&tell_generation]);
     let slots_changed = And::new(&ZERO, &pending, &events::PCI_SLOTS);
     let tell_slots = MethodCall::new(path("\\_SB_.PCI0.PCNT"), vec![]);
     let slots_changed = If::new(&slots_changed, vec![&tell_slots]);
     let registers = path("EVTS");
     let fetch = Store::new(&pending, &registers);
-    let mut evt: Vec<&dyn Aml> = vec![&fetch, &button_pressed];
+    let mut evt: Vec<&dyn Aml> = vec![&fetch, &button_pressed, &generation_changed];
     if has_pci {
         evt.push(&slots_changed);
     }

@@ -136,6 +136,10 @@ fn the_dsdt_names_every_device() {
         assert!(contains(dsdt, name.as_bytes()), "{name}");
     }
     assert!(contains(dsdt, &layout::EVENT_DEVICE.to_le_bytes()[..4]));
+    // A package of two double words: where the generation ID is.
+    let mut address = vec![0x12, 7, 2, 0x0c];
+    address.extend((layout::GENERATION_ID as u32).to_le_bytes());
+    assert!(contains(dsdt, b"VMGENCTR") && contains(dsdt, &address[4..]), "{dsdt:x?}");
 }
 
 #[test]
