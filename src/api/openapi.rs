@@ -144,7 +144,7 @@ pub fn document() -> String {
         .description(Some("A VM's API on its unix socket: Firecracker's, and below /v2 Tranche's own."));
     let components = ComponentsBuilder::new().schemas_from_iter(schemas).build();
     let document = OpenApiBuilder::new().info(info.build()).paths(paths).components(Some(components)).build();
-    document.to_pretty_json().unwrap_or_default() + "\n"
+    document.to_json().unwrap_or_default() + "\n"
 }
 
 fn build(operation: Operation, schemas: &mut Schemas) -> OperationBuilder {
