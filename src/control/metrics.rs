@@ -8,6 +8,7 @@ use std::time::{SystemTime, UNIX_EPOCH};
 
 use serde_json::{Map, Value};
 
+use super::latencies::{GROUP, Latencies};
 use crate::machine::{DeviceId, Meters};
 use crate::observe::{Exits, Traffic};
 
@@ -115,8 +116,8 @@ impl MetricsFile {
 }
 
 /// All that has been counted by now. Devices are there by themselves (`block_ID`) and together (`block`).
-pub fn sample(machine: Option<&Meters>, api: Option<&ApiCounts>) -> Sample {
-    let mut sample = Sample::new();
+pub fn sample(machine: Option<&Meters>, api: Option<&ApiCounts>, latencies: &Latencies) -> Sample {
+    let mut sample: Sample = latencies.all().map(|(name, micros)| (GROUP.to_owned(), name, micros)).collect();
     if let Some(api) = api {
         sample.extend(api().into_iter().map(|(group, name, count)| (group.to_owned(), name, count)));
     }
@@ -205,8 +206,9 @@ fn json(now: &Sample, before: &Sample, time: SystemTime) -> String {
             true => serde_json::json!({ "min_us": 0, "max_us": 0, "sum_us": 0 }),
             false => {
                 let (now, before) = (count_in(now, group, name), count_in(before, group, name));
-                // A VM that has been reset counts anew.
-                now.checked_sub(before).unwrap_or(now).into()
+                // A VM that has been reset counts anew. A latency is the last one's, and no count.
+                let since = now.checked_sub(before).filter(|_| group != GROUP);
+                since.unwrap_or(now).into()
             }
         };
         names.split_whitespace().map(|name| (name.to_owned(), value(name))).collect::<Map<_, _>>().into()
@@ -244,17 +246,18 @@ pub fn prometheus(sample: &Sample) -> String {
                 Some((kind, format!("{{id=\"{}\"}}", id.replace(['\\', '"', '\n'], "_"))))
             });
             let (kind, label) = device.unwrap_or((group, String::new()));
-            (format!("tranche_{kind}_{}_total", name.trim_end_matches("_count")), label, *count)
+            let (suffix, sort) = if group == GROUP { ("", "gauge") } else { ("_total", "counter") };
+            (format!("tranche_{kind}_{}{suffix}", name.trim_end_matches("_count")), label, *count, sort)
         })
         // All devices of a kind together would be counted twice.
-        .filter(|(name, label, _)| {
+        .filter(|(name, label, ..)| {
             !label.is_empty() || !(name.starts_with("tranche_block_") || name.starts_with("tranche_net_"))
         })
         .collect();
     rows.sort();
-    for (name, label, count) in rows {
+    for (name, label, count, sort) in rows {
         if !described.contains(&name) {
-            let _ = writeln!(text, "# TYPE {name} counter");
+            let _ = writeln!(text, "# TYPE {name} {sort}");
             described.push(name.clone());
         }
         let _ = writeln!(text, "{name}{label} {count}");

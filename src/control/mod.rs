@@ -11,6 +11,7 @@
 mod call;
 mod calls;
 mod fault;
+mod latencies;
 mod metrics;
 mod owner;
 mod plan;

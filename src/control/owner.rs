@@ -3,6 +3,7 @@
 use std::path::Path;
 use std::sync::Arc;
 
+use super::latencies::Latencies;
 use super::metrics::{ApiCounts, MetricsFile};
 use super::plan::Plan;
 use super::snapshots::Saving;
@@ -83,6 +84,7 @@ pub struct Owner {
     pub(super) load_failed: bool,
     metrics: Option<MetricsFile>,
     api: Option<ApiCounts>,
+    latencies: Arc<Latencies>,
     /// What it is busy with.
     work: Option<Work>,
     /// What the listeners know.
@@ -110,6 +112,7 @@ impl Owner {
             load_failed: false,
             metrics: None,
             api: None,
+            latencies: Arc::default(),
             work: None,
             told: NOT_STARTED,
             view: Arc::default(),
@@ -178,6 +181,13 @@ impl Owner {
 
     /// Takes in what clients have sent.
     pub fn handle(&mut self, message: Message) {
+        let message = match message {
+            Message::Call(call, answerer) => {
+                let answerer = self.latencies.timed(&call, answerer);
+                Message::Call(call, answerer)
+            }
+            listen @ Message::Listen(_) => listen,
+        };
         match message {
             Message::Call(Call::SetState(state), answerer) => self.set_state(state, answerer),
             Message::Call(Call::Snapshot(request), answerer) if self.machine.is_some() => {
@@ -427,6 +437,7 @@ impl Owner {
             devices: self.machine.as_ref().map(|m| m.devices().map(|(id, presence)| (id.clone(), presence)).collect()),
             meters: self.machine.as_ref().map(Machine::meters),
             api: self.api.clone(),
+            latencies: self.latencies.clone(),
         }
     }
 

@@ -6,6 +6,7 @@
 
 use std::sync::{Arc, Mutex, PoisonError};
 
+use super::latencies::Latencies;
 use super::metrics::{self, ApiCounts};
 use super::owner::Identity;
 use super::{Answer, Call, views};
@@ -42,6 +43,7 @@ pub struct Shown {
     pub devices: Option<Vec<(DeviceId, Presence)>>,
     pub meters: Option<Meters>,
     pub api: Option<ApiCounts>,
+    pub latencies: Arc<Latencies>,
 }
 
 impl Shown {
@@ -62,7 +64,7 @@ impl Shown {
     /// What has been counted by now.
     #[must_use]
     pub fn sample(&self) -> metrics::Sample {
-        metrics::sample(self.meters.as_ref(), self.api.as_ref())
+        metrics::sample(self.meters.as_ref(), self.api.as_ref(), &self.latencies)
     }
 }
 

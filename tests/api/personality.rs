@@ -122,6 +122,23 @@ fn metrics_are_lines_of_what_happened_since_the_last_one() {
     let text = String::from_utf8(prometheus.body).unwrap();
     assert!(text.contains("\ntranche_put_api_requests_drive_total 1\n"), "{text}");
     assert!(text.contains("tranche_block_read_bytes_total{id=\"root\"} 0\n"), "{text}");
+
+    // Latencies are those of the last time, also in a line in which there was none.
+    assert_eq!(lines[2]["latencies_us"]["pause_vm"], 0);
+    vm.patch("/vm", r#"{"state":"Paused"}"#);
+    let create = serde_json::json!({ "snapshot_path": vm.path("state"), "mem_file_path": vm.path("memory") });
+    vm.put("/snapshot/create", &create.to_string());
+    vm.patch("/vm", r#"{"state":"Resumed"}"#);
+    vm.act("FlushMetrics");
+    vm.act("FlushMetrics");
+    let text = std::fs::read_to_string(&file).unwrap();
+    let line =
+        |number: usize| -> serde_json::Value { serde_json::from_str(text.lines().nth(number).unwrap()).unwrap() };
+    for name in ["pause_vm", "resume_vm", "full_create_snapshot", "vmm_full_create_snapshot"] {
+        assert!(line(3)["latencies_us"][name].as_u64().unwrap() > 0, "{name}: {text}");
+        assert_eq!(line(4)["latencies_us"][name], line(3)["latencies_us"][name]);
+    }
+    assert_eq!(line(4)["latencies_us"]["diff_create_snapshot"], 0);
     vm.kill().expect_code(0);
 }
 
