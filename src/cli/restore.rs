@@ -87,10 +87,10 @@ enum ClockArg {
     Advance,
 }
 
-pub fn run(args: RestoreArgs, start: Instant) -> ExitCode {
+pub fn run(args: &RestoreArgs, start: Instant) -> ExitCode {
     init_log(args.log_level.into());
     let timeline = Arc::new(Timeline::from(start));
-    let exit = match run_to_end(&args, &timeline) {
+    let exit = match run_to_end(args, &timeline) {
         Ok(end) => {
             tell(&end);
             Exit::from(&end)

@@ -70,9 +70,9 @@ pub fn read_description(path: &std::path::Path) -> Result<VmDescription, StartEr
     serde_json::from_slice(&text).map_err(|error| failed(Box::new(error)))
 }
 
-pub fn run(args: VmmArgs, start: Instant) -> ExitCode {
+pub fn run(args: &VmmArgs, start: Instant) -> ExitCode {
     init_log(args.log_level.into());
-    let exit = match run_to_end(&args, &Arc::new(Timeline::from(start))) {
+    let exit = match run_to_end(args, &Arc::new(Timeline::from(start))) {
         Ok(end) => {
             tell(&end);
             Exit::from(&end)

@@ -1,7 +1,7 @@
 //! Snapshots that earlier releases have made go on. They are in `tests/golden`, see the README there.
 
 use std::fs::{self, File};
-use std::io::{Read, Write};
+use std::io::{self, Read, Write};
 use std::os::unix::fs::FileExt;
 use std::path::{Path, PathBuf};
 use std::process::Command;
@@ -18,8 +18,9 @@ use crate::vm::{LIMIT, Vm, drive, firecracker};
 
 const KIB: usize = 16;
 const DISK: usize = 64 << 10;
-/// What the guest was told before it was saved.
+/// What the guest was told before it was saved: with its disk in the snapshot it had written to that, too.
 const BEFORE: &str = "wdzw";
+const BEFORE_STORED: &str = "wbdzbw";
 const PAGE: usize = 4096;
 
 fn golden() -> PathBuf {
@@ -29,8 +30,12 @@ fn golden() -> PathBuf {
 #[test]
 fn snapshots_of_earlier_releases_go_on() {
     if std::env::var_os("TRANCHE_WRITE_GOLDEN").is_some() {
-        for transport in ["pci", "mmio"] {
-            write(&golden().join("v1").join(transport), transport);
+        // Further kinds get names of their own: TRANCHE_WRITE_GOLDEN names the one to write.
+        let wanted = std::env::var("TRANCHE_WRITE_GOLDEN").unwrap();
+        for (name, transport, stored) in [("pci", "pci", false), ("mmio", "mmio", false), ("pci-disk", "pci", true)] {
+            if wanted == name {
+                write(&golden().join("v1").join(name), transport, stored);
+            }
         }
     }
     let mut count = 0;
@@ -41,7 +46,7 @@ fn snapshots_of_earlier_releases_go_on() {
             count += 1;
         }
     }
-    assert!(count >= 2, "only {count} snapshots");
+    assert!(count >= 3, "only {count} snapshots");
 }
 
 fn goes_on(golden: &Path) {
@@ -62,7 +67,7 @@ fn goes_on(golden: &Path) {
     let mut running = Running::start(&mut restore(&dir, files.path()));
     let mut worker = Worker::new(KIB, Worker::disk(DISK));
     // It was asked for its sum then, too.
-    worker.recall(BEFORE);
+    worker.recall(if dir.join("disks").exists() { BEFORE_STORED } else { BEFORE });
     worker.recall("s");
     worker.check(&mut running);
     for letters in ["w", "d", "zwd"] {
@@ -74,11 +79,17 @@ fn goes_on(golden: &Path) {
 }
 
 fn restore(dir: &Path, files: &Path) -> Command {
-    let disk = disk_with(files, "disk", &Worker::disk(DISK));
     let mut command = tranche();
-    command.arg("restore").arg(dir).arg(format!("--override=disk.data={}", disk.display()));
+    command.arg("restore").arg(dir);
+    if !dir.join("disks").exists() {
+        let disk = disk_with(files, "disk", &Worker::disk(DISK));
+        command.arg(format!("--override=disk.data={}", disk.display()));
+    }
     command
 }
+
+/// The disk that a snapshot holds, packed as `disk.gz`, and where it is.
+const STORED_DISK: &str = "disks/0.0.raw";
 
 /// Pages of memory in `memory.gz`: the file's length, then for each page its number and its bytes.
 fn unpack(golden: &Path, dir: &Path) {
@@ -95,6 +106,10 @@ fn unpack(golden: &Path, dir: &Path) {
     for page in pages.chunks(8 + PAGE) {
         memory.write_all_at(&page[8..], number(&page[..8]) * PAGE as u64).unwrap();
     }
+    if let Ok(packed) = File::open(golden.join("disk.gz")) {
+        fs::create_dir(dir.join("disks")).unwrap();
+        io::copy(&mut GzDecoder::new(packed), &mut File::create(dir.join(STORED_DISK)).unwrap()).unwrap();
+    }
 }
 
 fn pack(dir: &Path, golden: &Path) {
@@ -106,6 +121,11 @@ fn pack(dir: &Path, golden: &Path) {
         packed.write_all(page).unwrap();
     }
     packed.finish().unwrap();
+    if let Ok(mut disk) = File::open(dir.join(STORED_DISK)) {
+        let mut packed = GzEncoder::new(File::create(golden.join("disk.gz")).unwrap(), Compression::best());
+        io::copy(&mut disk, &mut packed).unwrap();
+        packed.finish().unwrap();
+    }
 }
 
 // --- A CPU's vendor is the one thing that a snapshot cannot leave behind. What is saved of this guest is the same on
@@ -169,7 +189,7 @@ fn write_part(dir: &Path, name: &str, document: &Value, manifest: &mut Value) {
 // --- How they are made.
 
 /// Saves a VM whose CPU is no more than every one of the last fifteen years.
-fn write(golden: &Path, transport: &str) {
+fn write(golden: &Path, transport: &str, stored: bool) {
     let mut command = firecracker();
     if transport == "pci" {
         command.arg("--enable-pci");
@@ -184,11 +204,11 @@ fn write(golden: &Path, transport: &str) {
     vm.act("InstanceStart");
     vm.running.output.wait_for("ready\n", LIMIT);
     let mut worker = Worker::new(KIB, Worker::disk(DISK));
-    worker.tell(&mut vm.running, BEFORE);
+    worker.tell(&mut vm.running, if stored { BEFORE_STORED } else { BEFORE });
     worker.check(&mut vm.running);
     let dir = vm.path("snap");
     let answer =
-        vm.ask("PUT", "/v2/vm/snapshot", Some(&json!({ "path": dir, "stop": true, "disks": false }).to_string()));
+        vm.ask("PUT", "/v2/vm/snapshot", Some(&json!({ "path": dir, "stop": true, "disks": stored }).to_string()));
     assert_eq!(answer.status, 200, "{}", String::from_utf8_lossy(&answer.body));
 
     let mut state = read(&dir.join("state.json"));

@@ -18,3 +18,15 @@ fn help_tells_the_exit_status() {
         assert_eq!(ended.errors, "");
     }
 }
+
+#[test]
+fn verbs_that_are_parsed_alone_say_the_same() {
+    for verb in ["run", "vmm", "restore"] {
+        let said = |args: &[&str]| Running::start(tranche().args(args)).wait(LIMIT).expect_code(0).output;
+        assert_eq!(said(&[verb, "--help"]), said(&["help", verb]));
+        assert!(said(&[verb, "--help"]).contains(&format!("Usage: tranche {verb} ")));
+        let wrong = Running::start(tranche().args([verb, "--no-such"])).wait(LIMIT).expect_code(2);
+        assert!(wrong.errors.contains("unexpected argument '--no-such'"), "{}", wrong.errors);
+        assert!(wrong.errors.contains(&format!("Usage: tranche {verb} ")), "{}", wrong.errors);
+    }
+}
