@@ -19,7 +19,7 @@ use crate::config::firecracker::{Level, Logger, Metrics};
 use crate::config::{SerialConfig, Transport};
 use crate::control::{FIRECRACKER_VERSION, Fault, Identity, Owner, View};
 use crate::machine::{End, MachineError};
-use crate::memory::{release_startup_code, share_one_heap};
+use crate::memory::share_one_heap;
 use crate::observe::{Timeline, init_firecracker_log};
 use crate::snapshot::{self, Snapshot};
 
@@ -251,7 +251,6 @@ fn run(args: &FirecrackerArgs, timeline: &Arc<Timeline>) -> Result<Served, Failu
         tracing::info!("Successfully started microvm that was configured from one single json");
     }
     let mut console = Console::open(&serial, &*host).map_err(resources("use the terminal"))?;
-    release_startup_code();
     serve(owner, &mut console, &mut signals, OnSignal::Leave, api).map_err(resources("wait for events"))
 }
 

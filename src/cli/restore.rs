@@ -20,7 +20,6 @@ use crate::backend::{HostFiles, OpenDirectly, tap};
 use crate::config::{NetBackend, Override, SavedVm, SerialConfig, Transport};
 use crate::control::{Identity, Owner, Revival};
 use crate::machine::{End, MachineError};
-use crate::memory::release_startup_code;
 use crate::observe::{Timeline, init_log};
 use crate::platform::chips::Clock;
 use crate::snapshot::Folder;
@@ -152,7 +151,6 @@ fn run_to_end(args: &RestoreArgs, timeline: &Arc<Timeline>) -> Result<End, Start
         owner.resume()?;
     }
     let api = socket.map(|socket| socket.serve(owner.view())).transpose().map_err(resources("serve the API"))?;
-    release_startup_code();
     let served = serve(owner, &mut console, &mut signals, OnSignal::PowerButton, api);
     match served.map_err(resources("wait for events"))? {
         Served::Ended(end) => Ok(end),

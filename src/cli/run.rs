@@ -21,7 +21,6 @@ use crate::config::{CpuShape, DiskConfig, EntropyConfig, MemoryShape, NetConfig,
 use crate::control::{Identity, Owner};
 use crate::kernels::{Bundle, KernelsError, Library};
 use crate::machine::{End, Machine, MachineError, Parts};
-use crate::memory::release_startup_code;
 use crate::observe::{Timeline, init_log};
 
 /// Boot a VM, with its serial console on this terminal
@@ -200,7 +199,6 @@ fn run_to_end(
         Owner::new(Identity::tranche(config.transport), host.clone(), config.serial.clone(), timeline.clone());
     owner.adopt(machine, config)?;
     let api = listener.map(|socket| socket.serve(owner.view())).transpose().map_err(resources("serve the API"))?;
-    release_startup_code();
     let served = serve(owner, &mut console, &mut signals, OnSignal::PowerButton, api);
     match served.map_err(resources("wait for events"))? {
         Served::Ended(end) => Ok(end),

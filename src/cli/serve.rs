@@ -12,6 +12,7 @@ use super::escape::Action;
 use super::signals::Signals;
 use crate::control::{Calls, Owner};
 use crate::machine::End;
+use crate::memory::release_startup_code;
 
 const MACHINE: u64 = 0;
 const SIGNALS: u64 = 1;
@@ -106,6 +107,8 @@ fn serve_until(
                     epoll.ctl(ControlOperation::Add, fd, EpollEvent::new(events, LISTENER))?;
                 }
                 (watched, listens) = (life, true);
+                // What has built it is not needed any more; before, it would be in the way of the first answers.
+                release_startup_code();
             }
             ready = input.follow(console.input(), &epoll)?;
         }

@@ -19,7 +19,6 @@ use crate::config::firecracker::VmDescription;
 use crate::config::{SerialConfig, Transport};
 use crate::control::{Identity, Owner};
 use crate::machine::{End, MachineError};
-use crate::memory::release_startup_code;
 use crate::observe::{Timeline, init_log};
 
 /// Serve the API on a unix socket, for a VM that is described there (see docs/api.md)
@@ -101,7 +100,6 @@ fn run_to_end(args: &VmmArgs, timeline: &Arc<Timeline>) -> Result<End, StartErro
         _ => MachineError::Host { what: "use the terminal", source },
     })?;
     let api = socket.serve(owner.view()).map_err(resources("serve the API"))?;
-    release_startup_code();
     let served = serve(owner, &mut console, &mut signals, OnSignal::PowerButton, Some(api));
     match served.map_err(resources("wait for events"))? {
         Served::Ended(end) => Ok(end),
