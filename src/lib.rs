@@ -5,6 +5,7 @@
 //!
 //! - [`cli`]: one file per verb; parse, call, render
 //! - [`api`]: HTTP on a unix socket: Firecracker's API, and ours below `/v2`
+//! - [`store`]: named VMs on disk: definitions, locks, lives, consoles
 //! - [`control`]: what a client may ask of a VM, and the owner that does it
 //! - [`snapshot`]: a machine at rest: format, save, restore
 //! - [`machine`]: a running VM; the builder, the lifecycle, the one owner of it all
@@ -39,4 +40,5 @@ pub mod memory;
 pub mod observe;
 pub mod platform;
 pub mod snapshot;
+pub mod store;
 pub mod virtio;

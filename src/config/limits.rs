@@ -13,6 +13,7 @@ pub struct TokenBucket {
     /// Milliseconds in which an empty bucket fills, evenly. With none, there is no limit.
     pub refill_ms: u64,
     /// More tokens, once: they are used up before any others.
+    #[serde(default)]
     pub burst: u64,
 }
 
@@ -65,8 +66,10 @@ fn number(text: &str) -> Option<u64> {
 #[serde(rename_all = "kebab-case", deny_unknown_fields)]
 pub struct RateLimits {
     /// In bytes of data.
+    #[serde(default)]
     pub bandwidth: Option<TokenBucket>,
     /// In requests, or frames.
+    #[serde(default)]
     pub operations: Option<TokenBucket>,
 }
 

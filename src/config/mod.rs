@@ -24,6 +24,8 @@ pub use units::{MacAddress, MemorySize};
 pub const MAX_CPUS: u8 = 64;
 /// Least guest memory, in bytes. A kernel may need more, which its loader says.
 pub const MIN_MEMORY: u64 = 32 << 20;
+/// Guest memory of a VM that does not say how much it wants.
+pub const DEFAULT_MEMORY: MemorySize = MemorySize(256 << 20);
 /// Most virtio devices: the slots of one PCI bus of 32, less the host bridge; as many over MMIO.
 pub const MAX_DEVICES: usize = 31;
 /// Most queues of one disk: each has a thread of its own.
@@ -93,24 +95,49 @@ pub enum ConfigError {
     TooManyDevices(usize),
 }
 
-/// A whole VM.
-#[derive(Debug, Clone, PartialEq, Eq)]
+/// A whole VM. In a file, what is not said is as the command line has it by default.
+#[derive(Debug, Clone, PartialEq, Eq, Serialize, Deserialize)]
+#[serde(rename_all = "kebab-case", deny_unknown_fields)]
 pub struct VmConfig {
     pub kernel: PathBuf,
+    #[serde(default)]
     pub initrd: Option<PathBuf>,
     /// Added to what the VM's own shape asks for.
+    #[serde(default)]
     pub cmdline: Option<String>,
+    #[serde(default = "one")]
     pub cpus: u8,
     /// Of the guest's cores: 1 or 2.
+    #[serde(default = "one")]
     pub threads_per_core: u8,
+    #[serde(default = "default_memory")]
     pub memory: MemorySize,
+    #[serde(default)]
     pub memory_pages: MemoryPages,
     /// The first one is the root disk if it says so.
+    #[serde(default)]
     pub disks: Vec<DiskConfig>,
+    #[serde(default)]
     pub nics: Vec<NetConfig>,
+    #[serde(default = "default_entropy")]
     pub entropy: Option<EntropyConfig>,
+    #[serde(skip)]
     pub serial: SerialConfig,
+    #[serde(default)]
     pub transport: Transport,
+}
+
+fn one<T: From<u8>>() -> T {
+    1.into()
+}
+
+fn default_memory() -> MemorySize {
+    DEFAULT_MEMORY
+}
+
+#[expect(clippy::unnecessary_wraps, reason = "a VM may have none")]
+fn default_entropy() -> Option<EntropyConfig> {
+    Some(EntropyConfig::default())
 }
 
 /// How the guest reaches its virtio devices.
@@ -127,15 +154,23 @@ pub enum Transport {
 #[serde(rename_all = "kebab-case", deny_unknown_fields)]
 pub struct DiskConfig {
     pub path: PathBuf,
+    #[serde(default)]
     pub read_only: bool,
     /// What the guest sees as the disk's serial number.
+    #[serde(default)]
     pub id: Option<String>,
+    #[serde(default)]
     pub cache: CacheMode,
+    #[serde(default)]
     pub engine: IoEngine,
     /// Request queues, each served by a thread of its own.
+    #[serde(default = "one")]
     pub queues: u16,
+    #[serde(default)]
     pub root: bool,
+    #[serde(default)]
     pub image: Image,
+    #[serde(default)]
     pub limits: RateLimits,
 }
 
@@ -144,8 +179,10 @@ pub struct DiskConfig {
 #[serde(rename_all = "kebab-case", deny_unknown_fields)]
 pub struct Image {
     /// Raw when absent; then it must not look like something else.
+    #[serde(default)]
     pub format: Option<DiskFormat>,
     /// The files behind a qcow2 image, the next one first.
+    #[serde(default)]
     pub backing: Vec<Backing>,
 }
 
@@ -163,6 +200,7 @@ pub enum DiskFormat {
 pub struct Backing {
     pub path: PathBuf,
     /// Raw when absent; then it must not look like something else, nor the image above say so.
+    #[serde(default)]
     pub format: Option<DiskFormat>,
 }
 
@@ -195,12 +233,16 @@ pub enum IoEngine {
 pub struct NetConfig {
     pub backend: NetBackend,
     /// Random when absent.
+    #[serde(default)]
     pub mac: Option<MacAddress>,
     /// The back end's when absent.
+    #[serde(default)]
     pub mtu: Option<u16>,
     /// Of what the guest receives.
+    #[serde(default)]
     pub rx_limits: RateLimits,
     /// Of what the guest sends.
+    #[serde(default)]
     pub tx_limits: RateLimits,
 }
 
@@ -218,8 +260,10 @@ pub enum NetBackend {
 pub struct TapNetwork {
     pub name: String,
     /// Pairs of queues, each on a queue of the tap.
+    #[serde(default = "one")]
     pub queues: u16,
     /// Do the frames move within the host's kernel?
+    #[serde(default)]
     pub vhost: bool,
 }
 
@@ -227,8 +271,10 @@ pub struct TapNetwork {
 #[derive(Debug, Clone, PartialEq, Eq, Default, Serialize, Deserialize)]
 #[serde(rename_all = "kebab-case", deny_unknown_fields)]
 pub struct UserNetwork {
+    #[serde(default)]
     pub forwards: Vec<Forward>,
     /// Does the guest reach what listens on the host's loopback?
+    #[serde(default)]
     pub host: bool,
 }
 
@@ -261,6 +307,7 @@ impl fmt::Display for ForwardedProtocol {
 #[derive(Debug, Clone, PartialEq, Eq, Default, Serialize, Deserialize)]
 #[serde(rename_all = "kebab-case", deny_unknown_fields)]
 pub struct EntropyConfig {
+    #[serde(default)]
     pub limits: RateLimits,
 }
 

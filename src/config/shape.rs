@@ -2,6 +2,8 @@
 
 use std::str::FromStr;
 
+use serde::{Deserialize, Serialize};
+
 use super::options::{Parts, flag};
 use super::{ConfigError, MemorySize};
 
@@ -13,7 +15,8 @@ pub struct CpuShape {
 }
 
 /// The host's pages behind the guest's memory.
-#[derive(Debug, Clone, Copy, PartialEq, Eq, Default)]
+#[derive(Debug, Clone, Copy, PartialEq, Eq, Default, Serialize, Deserialize)]
+#[serde(rename_all = "kebab-case")]
 pub enum MemoryPages {
     /// Small ones, and huge ones where the host has some to give just then.
     #[default]
