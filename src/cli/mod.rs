@@ -22,7 +22,7 @@ mod vmm;
 use std::process::ExitCode;
 use std::time::Instant;
 
-use clap::{Args, CommandFactory, FromArgMatches, Parser, Subcommand};
+use clap::{Args, CommandFactory, Parser, Subcommand};
 
 use crate::memory::share_one_heap;
 
@@ -61,32 +61,27 @@ pub fn command() -> clap::Command {
     Cli::command()
 }
 
-/// The arguments, if they begin with `verb`, of which alone the definition is made then: that of all others takes half a
-/// millisecond, which counts where a VM starts.
-fn parse_only<A: Args + FromArgMatches>(verb: &'static str) -> Option<A> {
+/// What is asked for, if it begins with the word `verb`, of which alone the definition is made then: that of all others takes
+/// half a millisecond, which counts where a VM starts.
+fn parse_only<A: Args>(verb: &'static str, wrap: fn(A) -> Verb) -> Option<Verb> {
     if std::env::args_os().nth(1).is_none_or(|first| first != verb) {
         return None;
     }
     let command = clap::Command::new("tranche").subcommand(A::augment_args(clap::Command::new(verb)));
     let mut matches = command.get_matches();
     let mut matches = matches.remove_subcommand()?.1;
-    Some(A::from_arg_matches_mut(&mut matches).unwrap_or_else(|error| error.exit()))
+    Some(wrap(A::from_arg_matches_mut(&mut matches).unwrap_or_else(|error| error.exit())))
 }
 
 /// Runs the program; `start` is when it began.
 #[must_use]
 pub fn main(start: Instant) -> ExitCode {
     share_one_heap();
-    if let Some(args) = parse_only("run") {
-        return run::run(args, start);
-    }
-    if let Some(args) = parse_only("vmm") {
-        return vmm::run(&args, start);
-    }
-    if let Some(args) = parse_only("restore") {
-        return restore::run(&args, start);
-    }
-    match Cli::parse().verb {
+    let verb = parse_only("run", |args| Verb::Run(Box::new(args)))
+        .or_else(|| parse_only("vmm", Verb::Vmm))
+        .or_else(|| parse_only("restore", Verb::Restore))
+        .unwrap_or_else(|| Cli::parse().verb);
+    match verb {
         Verb::Run(args) => run::run(*args, start),
         Verb::Vmm(args) => vmm::run(&args, start),
         Verb::Api(args) => api::api(&args),

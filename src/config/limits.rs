@@ -66,10 +66,8 @@ fn number(text: &str) -> Option<u64> {
 #[serde(rename_all = "kebab-case", deny_unknown_fields)]
 pub struct RateLimits {
     /// In bytes of data.
-    #[serde(default)]
     pub bandwidth: Option<TokenBucket>,
     /// In requests, or frames.
-    #[serde(default)]
     pub operations: Option<TokenBucket>,
 }
 

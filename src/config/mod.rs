@@ -100,10 +100,8 @@ pub enum ConfigError {
 #[serde(rename_all = "kebab-case", deny_unknown_fields)]
 pub struct VmConfig {
     pub kernel: PathBuf,
-    #[serde(default)]
     pub initrd: Option<PathBuf>,
     /// Added to what the VM's own shape asks for.
-    #[serde(default)]
     pub cmdline: Option<String>,
     #[serde(default = "one")]
     pub cpus: u8,
@@ -157,7 +155,6 @@ pub struct DiskConfig {
     #[serde(default)]
     pub read_only: bool,
     /// What the guest sees as the disk's serial number.
-    #[serde(default)]
     pub id: Option<String>,
     #[serde(default)]
     pub cache: CacheMode,
@@ -179,7 +176,6 @@ pub struct DiskConfig {
 #[serde(rename_all = "kebab-case", deny_unknown_fields)]
 pub struct Image {
     /// Raw when absent; then it must not look like something else.
-    #[serde(default)]
     pub format: Option<DiskFormat>,
     /// The files behind a qcow2 image, the next one first.
     #[serde(default)]
@@ -200,7 +196,6 @@ pub enum DiskFormat {
 pub struct Backing {
     pub path: PathBuf,
     /// Raw when absent; then it must not look like something else, nor the image above say so.
-    #[serde(default)]
     pub format: Option<DiskFormat>,
 }
 
@@ -233,10 +228,8 @@ pub enum IoEngine {
 pub struct NetConfig {
     pub backend: NetBackend,
     /// Random when absent.
-    #[serde(default)]
     pub mac: Option<MacAddress>,
     /// The back end's when absent.
-    #[serde(default)]
     pub mtu: Option<u16>,
     /// Of what the guest receives.
     #[serde(default)]

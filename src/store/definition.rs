@@ -15,7 +15,6 @@ pub struct Definition {
     /// Of this file's format.
     pub version: u32,
     /// What the guest writes to its console when it is up. Without it, it is up when it drives its root disk.
-    #[serde(default)]
     pub ready: Option<String>,
     /// Its kernel is a path, or the name of an imported one.
     pub vm: VmConfig,

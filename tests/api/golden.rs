@@ -29,9 +29,7 @@ fn golden() -> PathBuf {
 
 #[test]
 fn snapshots_of_earlier_releases_go_on() {
-    if std::env::var_os("TRANCHE_WRITE_GOLDEN").is_some() {
-        // Further kinds get names of their own: TRANCHE_WRITE_GOLDEN names the one to write.
-        let wanted = std::env::var("TRANCHE_WRITE_GOLDEN").unwrap();
+    if let Ok(wanted) = std::env::var("TRANCHE_WRITE_GOLDEN") {
         for (name, transport, stored) in [("pci", "pci", false), ("mmio", "mmio", false), ("pci-disk", "pci", true)] {
             if wanted == name {
                 write(&golden().join("v1").join(name), transport, stored);
