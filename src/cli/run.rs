@@ -22,6 +22,7 @@ use crate::control::{Identity, Owner};
 use crate::kernels::{Bundle, KernelsError, Library};
 use crate::machine::{End, Machine, MachineError, Parts};
 use crate::observe::{Timeline, init_log};
+use crate::store::is_kernel_name;
 
 /// Boot a VM, with its serial console on this terminal
 ///
@@ -135,7 +136,7 @@ impl RunArgs {
 
 /// The imported kernel that `--kernel` names, if it does: a word without a slash. A file of that name is `./NAME`.
 fn imported(kernel: &Path) -> Result<Option<Bundle>, KernelsError> {
-    let Some(name) = kernel.to_str().filter(|name| !name.contains('/')) else { return Ok(None) };
+    let Some(name) = kernel.to_str().filter(|_| is_kernel_name(kernel)) else { return Ok(None) };
     match Library::of_user().and_then(|library| library.find(name)) {
         Ok(bundle) => Ok(Some(bundle)),
         Err(KernelsError::Unknown(_) | KernelsError::NoPlace) => Ok(None),

@@ -128,10 +128,7 @@ impl Store {
             Ok(()) => Ok(vm),
             Err(error) => {
                 let _ = fs::remove_dir_all(&partial);
-                Err(match error.kind() {
-                    io::ErrorKind::AlreadyExists | io::ErrorKind::DirectoryNotEmpty => StoreError::Exists(name.into()),
-                    _ => StoreError::io("make", vm.dir())(error),
-                })
+                Err(not_placed("make", vm.dir(), name)(error))
             }
         }
     }
@@ -160,10 +157,7 @@ impl Store {
         }
         let _change = vm.change()?;
         let _lock = vm.lock()?;
-        rename_to_free(vm.dir(), &self.vms.join(name)).map_err(|error| match error.kind() {
-            io::ErrorKind::AlreadyExists | io::ErrorKind::DirectoryNotEmpty => StoreError::Exists(name.into()),
-            _ => StoreError::io("rename", vm.dir())(error),
-        })
+        rename_to_free(vm.dir(), &self.vms.join(name)).map_err(not_placed("rename", vm.dir(), name))
     }
 
     fn unfinished(&self, name: &str) -> PathBuf {
@@ -213,6 +207,15 @@ fn rename_to_free(from: &Path, to: &Path) -> io::Result<()> {
         // A file system that cannot promise that nothing is replaced; a directory that has files never is.
         Err(Errno::INVAL | Errno::NOSYS) => fs::rename(from, to),
         renamed => Ok(renamed?),
+    }
+}
+
+/// Why a directory did not get its `name`.
+fn not_placed(what: &'static str, path: &Path, name: &str) -> impl FnOnce(io::Error) -> StoreError {
+    let (failed, name) = (StoreError::io(what, path), name.to_owned());
+    move |error| match error.kind() {
+        io::ErrorKind::AlreadyExists | io::ErrorKind::DirectoryNotEmpty => StoreError::Exists(name),
+        _ => failed(error),
     }
 }
 
