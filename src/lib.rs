@@ -16,6 +16,7 @@
 //! - [`devices`]: one virtio device per file; each knows its queues, never its transport
 //! - [`virtio`]: the device contract, queues and the two transports, PCI and MMIO
 //! - [`backend`]: the host side of a device: disk files, taps, vhost; every host file enters here
+//! - [`shelf`]: our files and directories on the host's disk, whole or not at all
 //! - [`memory`]: guest RAM: regions, backing, dirty tracking
 //! - [`config`]: what a VM is: plain data with defaults, units and validation
 //! - [`observe`]: logs and the boot timeline
@@ -39,6 +40,7 @@ pub mod machine;
 pub mod memory;
 pub mod observe;
 pub mod platform;
+pub mod shelf;
 pub mod snapshot;
 pub mod store;
 pub mod virtio;

@@ -1,20 +1,21 @@
 //! `tranche api`, `pause`, `resume` and `power`: a running VM's API from the command line.
 
-use std::path::{Path, PathBuf};
+use std::path::Path;
 use std::process::ExitCode;
 
 use clap::{Args, ValueEnum};
 
 use super::exit::{self, Exit};
+use super::vm::{Target, conclude_with};
 use crate::api::client::{Client, ClientError};
 
 /// Send a request to a VM's API and print the answer
 #[derive(Debug, Args)]
 #[command(after_help = "Exit status: 0 the API did it, 70 it refused, 71 it cannot be reached; 2 wrong usage.")]
 pub struct ApiArgs {
-    /// The VM's API socket
-    #[arg(long, value_name = "PATH")]
-    socket: PathBuf,
+    /// The VM, by its name or its API socket
+    #[arg(long, value_name = "NAME|SOCKET")]
+    socket: Target,
 
     /// GET, PUT, PATCH or DELETE
     #[arg(value_parser = ["GET", "PUT", "PATCH", "DELETE"], ignore_case = true)]
@@ -28,17 +29,19 @@ pub struct ApiArgs {
     body: Option<String>,
 }
 
-/// A VM by its API socket.
+/// A running VM.
 #[derive(Debug, Args)]
 pub struct SocketArgs {
-    /// The VM's API socket
-    socket: PathBuf,
+    /// The VM, by its name or its API socket
+    #[arg(value_name = "NAME|SOCKET")]
+    socket: Target,
 }
 
 #[derive(Debug, Args)]
 pub struct PowerArgs {
-    /// The VM's API socket
-    socket: PathBuf,
+    /// The VM, by its name or its API socket
+    #[arg(value_name = "NAME|SOCKET")]
+    socket: Target,
 
     /// Start the VM, press its power button, reset it, or pull the plug
     action: PowerAction,
@@ -64,15 +67,15 @@ pub fn api(args: &ApiArgs) -> ExitCode {
             return ExitCode::from(Exit::Usage as u8);
         }
     };
-    ask(&args.socket, &args.method.to_uppercase(), &args.path, body.as_deref())
+    ask_target(&args.socket, &args.method.to_uppercase(), &args.path, body.as_deref())
 }
 
 pub fn pause(args: &SocketArgs) -> ExitCode {
-    ask(&args.socket, "PATCH", "/vm", Some(br#"{"state":"Paused"}"#))
+    ask_target(&args.socket, "PATCH", "/vm", Some(br#"{"state":"Paused"}"#))
 }
 
 pub fn resume(args: &SocketArgs) -> ExitCode {
-    ask(&args.socket, "PATCH", "/vm", Some(br#"{"state":"Resumed"}"#))
+    ask_target(&args.socket, "PATCH", "/vm", Some(br#"{"state":"Resumed"}"#))
 }
 
 pub fn power(args: &PowerArgs) -> ExitCode {
@@ -82,7 +85,15 @@ pub fn power(args: &PowerArgs) -> ExitCode {
         PowerAction::Reset => "reset",
         PowerAction::Kill => "kill",
     };
-    ask(&args.socket, "PUT", "/v2/vm/power", Some(format!(r#"{{"power":"{action}"}}"#).as_bytes()))
+    ask_target(&args.socket, "PUT", "/v2/vm/power", Some(format!(r#"{{"power":"{action}"}}"#).as_bytes()))
+}
+
+/// As [`ask`], of a VM that is named on the command line.
+pub(super) fn ask_target(target: &Target, method: &str, path: &str, body: Option<&[u8]>) -> ExitCode {
+    match target.socket() {
+        Ok(socket) => ask(&socket, method, path, body),
+        Err(failure) => conclude_with(Err(failure)),
+    }
 }
 
 /// Sends one request; prints what comes, on standard error if it is a refusal.

@@ -49,7 +49,7 @@ impl Console {
     pub fn open(config: &SerialConfig, host: &dyn HostFiles) -> io::Result<Self> {
         let mut raw = None;
         let source = match config {
-            SerialConfig::Null | SerialConfig::File(_) => Source::Nothing,
+            SerialConfig::Null | SerialConfig::File(_) | SerialConfig::Open(_) => Source::Nothing,
             SerialConfig::Stdio => {
                 raw = RawTerminal::enter()?;
                 let file = File::from(io::stdin().as_fd().try_clone_to_owned()?);
@@ -62,6 +62,16 @@ impl Console {
             }
         };
         Ok(Self::of(source, raw))
+    }
+
+    /// No keys at all.
+    pub fn none() -> Self {
+        Self::of(Source::Nothing, None)
+    }
+
+    /// Takes keys from a file that is no terminal.
+    pub fn of_keys(file: File) -> Self {
+        Self::of(Source::Stdin { file, terminal: false }, None)
     }
 
     fn of(source: Source, terminal: Option<RawTerminal>) -> Self {

@@ -7,9 +7,16 @@ Ctrl-A x  end the VM, as pulling the plug does\r\n\
 Ctrl-A h  this help\r\n\
 Ctrl-A Ctrl-A  send Ctrl-A to the guest\r\n";
 
+/// Where the VM goes on without its terminal.
+pub const DETACH_HELP: &str = "\r\n\
+Ctrl-A d  let go of the console; the VM goes on\r\n\
+Ctrl-A h  this help\r\n\
+Ctrl-A Ctrl-A  send Ctrl-A to the guest\r\n";
+
 #[derive(Debug, PartialEq, Eq)]
 pub enum Action {
     Quit,
+    Detach,
     Help,
 }
 
@@ -17,9 +24,16 @@ pub enum Action {
 #[derive(Debug, Default)]
 pub struct EscapeFilter {
     escaped: bool,
+    /// Does the VM live without this terminal? Then one lets go of it, and cannot end the VM by it.
+    attached: bool,
 }
 
 impl EscapeFilter {
+    /// That of a terminal without which the VM goes on.
+    pub fn attached() -> Self {
+        Self { escaped: false, attached: true }
+    }
+
     /// Appends what is for the guest to `out`. Stops at the first command; the rest of the keys is dropped, as
     /// they were typed for a VM that is ending or a help text.
     pub fn feed(&mut self, keys: &[u8], out: &mut Vec<u8>) -> Option<Action> {
@@ -33,7 +47,8 @@ impl EscapeFilter {
                 continue;
             }
             match key {
-                b'x' | b'X' => return Some(Action::Quit),
+                b'x' | b'X' if !self.attached => return Some(Action::Quit),
+                b'd' | b'D' if self.attached => return Some(Action::Detach),
                 b'h' | b'H' | b'?' => return Some(Action::Help),
                 ESCAPE => out.push(ESCAPE),
                 // No command: the guest gets both keys.
@@ -57,6 +72,12 @@ mod tests {
         assert_eq!(filter.feed(b"h", &mut out), Some(Action::Help));
         assert_eq!(filter.feed(b"\x01\x01\x01q\x01x", &mut out), Some(Action::Quit));
         assert_eq!(out, b"ls\x01\x01q");
+
+        out.clear();
+        let mut filter = EscapeFilter::attached();
+        assert_eq!(filter.feed(b"\x01x\x01", &mut out), None);
+        assert_eq!(filter.feed(b"dls", &mut out), Some(Action::Detach));
+        assert_eq!(out, b"\x01x");
     }
 
     proptest! {

@@ -10,6 +10,7 @@ use crate::boot::{BootError, Minimum};
 use crate::kernels::KernelsError;
 use crate::machine::{End, KvmError, MachineError, StateError};
 use crate::memory::MemoryError;
+use crate::store::StoreError;
 
 /// How the program ends. The numbers are a promise: docs/exit-codes.md lists them.
 #[derive(Debug, Clone, Copy, PartialEq, Eq)]
@@ -60,13 +61,20 @@ pub enum Exit {
     SnapshotDamaged = 81,
     SnapshotIncompatible = 82,
     SnapshotUnwritable = 83,
+    NoSuchVm = 90,
+    VmExists = 91,
+    VmBusy = 92,
+    VmNotRunning = 93,
+    VmDefinition = 94,
+    VmStore = 95,
+    TimedOut = 96,
 }
 
 pub const HELP: &str = "\
 Exit status: 0 the guest powered off, 3 it reset, 4 its kernel panicked, 5 it was stopped from outside,
 6 a vCPU could not go on, 7 who gave its memory has ended; 1 an internal error, 2 wrong usage, 10 to 12 KVM, 13 huge pages, 20 to 26 kernel, initrd and
 command line, 30 to 35 disks, 40 to 42 taps and vhost, 50 the serial port, 60 to 65 imported kernels,
-70 to 73 the API and descriptions of VMs, 80 to 83 snapshots.
+70 to 73 the API and descriptions of VMs, 80 to 83 snapshots, 90 to 96 named VMs.
 See docs/exit-codes.md.";
 
 impl From<&End> for Exit {
@@ -200,6 +208,20 @@ pub fn report(error: &MachineError) -> Exit {
 pub fn report_kernels(error: &KernelsError) -> Exit {
     let (exit, hint) = super::kernel::judge(error);
     report_with(error, exit, hint)
+}
+
+/// Prints what is wrong with named VMs, and tells the exit code.
+pub fn report_store(error: &StoreError) -> Exit {
+    let exit = match error {
+        StoreError::Name(_) => Exit::Usage,
+        StoreError::Unknown(_) => Exit::NoSuchVm,
+        StoreError::Exists(_) => Exit::VmExists,
+        StoreError::Running(_) | StoreError::Busy(_) => Exit::VmBusy,
+        StoreError::NotRunning(_) => Exit::VmNotRunning,
+        StoreError::Definition { .. } => Exit::VmDefinition,
+        StoreError::NoPlace | StoreError::Io { .. } => Exit::VmStore,
+    };
+    report_with(error, exit, error.hint())
 }
 
 /// Prints an error that has been judged in three lines at most, and tells the exit code.

@@ -17,6 +17,8 @@ mod snapshot;
 mod start_error;
 mod table;
 mod terminal;
+mod vm;
+mod vm_args;
 mod vmm;
 
 use std::process::ExitCode;
@@ -37,6 +39,19 @@ struct Cli {
 #[derive(Debug, Subcommand)]
 enum Verb {
     Run(Box<run::RunArgs>),
+    Create(Box<vm::create::CreateArgs>),
+    Start(vm::start::StartArgs),
+    Stop(vm::lifecycle::StopArgs),
+    Restart(vm::lifecycle::RestartArgs),
+    Kill(vm::lifecycle::KillArgs),
+    Rm(vm::lifecycle::RmArgs),
+    Rename(vm::lifecycle::RenameArgs),
+    Ls(vm::ls::LsArgs),
+    Inspect(vm::inspect::InspectArgs),
+    Attach(vm::attach::AttachArgs),
+    Logs(vm::logs::LogsArgs),
+    Wait(vm::wait::WaitArgs),
+    Events(vm::events::EventsArgs),
     Vmm(vmm::VmmArgs),
     Api(api::ApiArgs),
     /// Pause a VM: its vCPUs stop where they are
@@ -80,9 +95,23 @@ pub fn main(start: Instant) -> ExitCode {
     let verb = parse_only("run", |args| Verb::Run(Box::new(args)))
         .or_else(|| parse_only("vmm", Verb::Vmm))
         .or_else(|| parse_only("restore", Verb::Restore))
+        .or_else(|| parse_only("start", Verb::Start))
         .unwrap_or_else(|| Cli::parse().verb);
     match verb {
         Verb::Run(args) => run::run(*args, start),
+        Verb::Create(args) => vm::create::run(*args),
+        Verb::Start(args) => vm::start::run(&args, start),
+        Verb::Stop(args) => vm::lifecycle::stop(&args),
+        Verb::Restart(args) => vm::lifecycle::restart(&args),
+        Verb::Kill(args) => vm::lifecycle::kill(&args),
+        Verb::Rm(args) => vm::lifecycle::rm(&args),
+        Verb::Rename(args) => vm::lifecycle::rename(&args),
+        Verb::Ls(args) => vm::ls::run(&args),
+        Verb::Inspect(args) => vm::inspect::run(&args),
+        Verb::Attach(args) => vm::attach::run(&args),
+        Verb::Logs(args) => vm::logs::run(&args),
+        Verb::Wait(args) => vm::wait::run(&args),
+        Verb::Events(args) => vm::events::run(&args),
         Verb::Vmm(args) => vmm::run(&args, start),
         Verb::Api(args) => api::api(&args),
         Verb::Pause(args) => api::pause(&args),

@@ -7,6 +7,7 @@ use clap::{Args, Subcommand};
 
 use super::api;
 use super::exit::{self, Exit};
+use super::vm::Target;
 use crate::config::{MemorySize, NetBackend};
 use crate::snapshot::{Folder, SnapshotError};
 
@@ -38,8 +39,9 @@ enum Verb {
 
 #[derive(Debug, Args)]
 struct CreateArgs {
-    /// The VM's API socket
-    socket: PathBuf,
+    /// The VM, by its name or its API socket
+    #[arg(value_name = "NAME|SOCKET")]
+    socket: Target,
     /// The directory to make
     dir: PathBuf,
     /// End the VM when it is saved, without letting it run on
@@ -84,7 +86,7 @@ fn create(args: &CreateArgs) -> ExitCode {
         Err(source) => return ExitCode::from(report(&SnapshotError::Write { path: args.dir.clone(), source }) as u8),
     };
     let body = serde_json::json!({ "path": dir, "stop": args.stop, "disks": !args.no_disks });
-    api::ask(&args.socket, "PUT", "/v2/vm/snapshot", Some(body.to_string().as_bytes()))
+    api::ask_target(&args.socket, "PUT", "/v2/vm/snapshot", Some(body.to_string().as_bytes()))
 }
 
 fn verify(dir: &std::path::Path) -> Result<(), SnapshotError> {

@@ -10,8 +10,10 @@ use super::exit::{self, Exit};
 use crate::backend::netns::NetNamespaceError;
 use crate::config::OverrideError;
 use crate::control::Fault;
+use crate::kernels::KernelsError;
 use crate::machine::MachineError;
 use crate::snapshot::SnapshotError;
+use crate::store::StoreError;
 
 #[derive(Debug, Error)]
 pub enum StartError {
@@ -27,6 +29,10 @@ pub enum StartError {
     Override(#[source] OverrideError),
     #[error(transparent)]
     Network(#[from] NetNamespaceError),
+    #[error(transparent)]
+    Kernels(#[from] KernelsError),
+    #[error(transparent)]
+    Store(#[from] StoreError),
     #[error("the VM cannot be as it is described")]
     Fault(#[source] Fault),
 }
@@ -47,6 +53,8 @@ impl StartError {
         let (exit, hint) = match self {
             Self::Machine(error) => return exit::report(error),
             Self::Snapshot(error) => return super::snapshot::report(error),
+            Self::Kernels(error) => return exit::report_kernels(error),
+            Self::Store(error) => return exit::report_store(error),
             Self::Override(_) => (Exit::Usage, Some("'tranche snapshot inspect DIR' shows what it has")),
             Self::Network(error) => (Exit::TapUnusable, Some(error.hint())),
             Self::ApiSocket { source, .. } if source.kind() == io::ErrorKind::AddrInUse => {

@@ -9,7 +9,9 @@ mod shape;
 mod units;
 
 use std::fmt;
+use std::fs::File;
 use std::path::PathBuf;
+use std::sync::Arc;
 
 use serde::{Deserialize, Serialize};
 use thiserror::Error;
@@ -312,7 +314,21 @@ pub enum SerialConfig {
     Null,
     File(PathBuf),
     Socket(PathBuf),
+    /// What is open already; no command line names it.
+    Open(OpenFile),
 }
+
+/// A file that is open, and the same as itself alone.
+#[derive(Debug, Clone)]
+pub struct OpenFile(pub Arc<File>);
+
+impl PartialEq for OpenFile {
+    fn eq(&self, other: &Self) -> bool {
+        Arc::ptr_eq(&self.0, &other.0)
+    }
+}
+
+impl Eq for OpenFile {}
 
 impl VmConfig {
     /// Checks what no single option can know by itself.

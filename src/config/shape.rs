@@ -1,5 +1,6 @@
 //! How many vCPUs and how much memory, as the command line has it.
 
+use std::fmt;
 use std::str::FromStr;
 
 use serde::{Deserialize, Serialize};
@@ -77,6 +78,16 @@ impl FromStr for CpuShape {
             }
         }
         Ok(shape)
+    }
+}
+
+impl fmt::Display for MemoryShape {
+    fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
+        let pages = match self.pages {
+            MemoryPages::Transparent => "",
+            MemoryPages::Huge => ",hugepages",
+        };
+        write!(f, "{}{pages}", self.size)
     }
 }
 

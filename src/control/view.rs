@@ -55,7 +55,7 @@ impl Shown {
             Call::GetVersion => views::version(&self.identity),
             Call::GetDescription => views::description(&self.description),
             Call::GetMachineConfig => views::json(&self.description.machine_config.unwrap_or_default()),
-            Call::GetVm => views::vm(&self.identity, self.state, &self.description, self.devices.as_deref()),
+            Call::GetVm => views::vm(self),
             Call::GetMetrics => Answer::Text(metrics::prometheus(&self.sample())),
             _ => return None,
         })

@@ -6,6 +6,7 @@ use serde::Serialize;
 
 use super::Answer;
 use super::owner::Identity;
+use super::view::Shown;
 use crate::config::Transport;
 use crate::config::firecracker as fc;
 use crate::machine::{DeviceId, Presence};
@@ -47,6 +48,8 @@ pub struct Device<'a> {
     id: &'a str,
     /// `present`, or `leaving` while the guest has not let go of it.
     state: &'a str,
+    /// Does the guest drive it?
+    driver: bool,
 }
 
 /// A line of `GET /v2/events`.
@@ -91,24 +94,23 @@ pub fn description(description: &fc::VmDescription) -> Answer {
     json(&fc::VmDescription { machine_config, ..description.clone() })
 }
 
-pub fn vm(
-    identity: &Identity,
-    state: &str,
-    description: &fc::VmDescription,
-    devices: Option<&[(DeviceId, Presence)]>,
-) -> Answer {
+pub fn vm(shown: &Shown) -> Answer {
+    let Shown { identity, description, .. } = shown;
     let config = description.machine_config.unwrap_or_default();
-    let devices = match devices {
-        Some(devices) => devices.iter().map(device).collect(),
+    let devices = match &shown.devices {
+        Some(devices) => {
+            let is_driven = |id| shown.meters.as_ref().is_some_and(|meters| meters.is_driven(id));
+            devices.iter().map(|(id, presence)| device(id, *presence, is_driven(id))).collect()
+        }
         None => {
             let drives = description.drives.iter().map(|drive| ("disk", drive.drive_id.as_str()));
             let nics = description.network_interfaces.iter().map(|nic| ("nic", nic.iface_id.as_str()));
-            drives.chain(nics).map(|(kind, id)| Device { kind, id, state: "present" }).collect()
+            drives.chain(nics).map(|(kind, id)| Device { kind, id, state: "present", driver: false }).collect()
         }
     };
     json(&Vm {
         id: &identity.id,
-        state,
+        state: shown.state,
         version: env!("CARGO_PKG_VERSION"),
         transport: if identity.transport == Transport::Pci { "pci" } else { "mmio" },
         vcpus: config.vcpu_count,
@@ -117,7 +119,7 @@ pub fn vm(
     })
 }
 
-fn device((id, presence): &(DeviceId, Presence)) -> Device<'_> {
+fn device(id: &DeviceId, presence: Presence, driver: bool) -> Device<'_> {
     let (kind, id) = match id {
         DeviceId::Disk(id) => ("disk", id.as_str()),
         DeviceId::Nic(id) => ("nic", id.as_str()),
@@ -127,7 +129,7 @@ fn device((id, presence): &(DeviceId, Presence)) -> Device<'_> {
         Presence::Present => "present",
         Presence::Leaving | Presence::Ejected => "leaving",
     };
-    Device { kind, id, state }
+    Device { kind, id, state, driver }
 }
 
 /// A line about a change of state; without `from`, what the state is at first.

@@ -1,21 +1,15 @@
-//! Where imported kernels are kept.
-//!
-//! Each is a directory of its name. `.new-*` are those being written, each locked by its writer; what a killed one
-//! has left is removed by the next import.
+//! Where imported kernels are kept, each in a directory of its name.
 
-use std::fs::{self, DirBuilder, File};
+use std::fs::{self, File};
 use std::io;
-use std::os::unix::fs::DirBuilderExt;
 use std::path::{Path, PathBuf};
 use std::time::{SystemTime, UNIX_EPOCH};
 
-use rustix::fs::{CWD, FlockOperation, RenameFlags, flock, renameat_with};
-use rustix::io::Errno;
 use serde::{Deserialize, Serialize};
 
 use super::KernelsError;
+use crate::shelf::{Shelf, Unfinished, is_taken, user_dir};
 
-const UNFINISHED: &str = ".new-";
 const MANIFEST: &str = "manifest.json";
 pub(super) const KERNEL: &str = "kernel";
 pub(super) const INITRD: &str = "initrd";
@@ -81,14 +75,12 @@ impl Bundle {
 
 /// The directory of imported kernels.
 #[derive(Debug, Clone)]
-pub struct Library {
-    dir: PathBuf,
-}
+pub struct Library(Shelf);
 
 impl Library {
     #[must_use]
     pub fn in_dir(dir: impl Into<PathBuf>) -> Self {
-        Self { dir: dir.into() }
+        Self(Shelf::new(dir.into(), 0o755))
     }
 
     /// `$XDG_DATA_HOME/tranche/kernels`; without that variable `/var/lib/tranche/kernels` for root, and
@@ -97,15 +89,12 @@ impl Library {
     /// # Errors
     /// When none of them can be told.
     pub fn of_user() -> Result<Self, KernelsError> {
-        let absolute = |name| std::env::var_os(name).map(PathBuf::from).filter(|path| path.is_absolute());
-        let base = absolute("XDG_DATA_HOME")
-            .or_else(|| rustix::process::geteuid().is_root().then(|| "/var/lib".into()))
-            .or_else(|| Some(absolute("HOME")?.join(".local/share")));
-        Ok(Self::in_dir(base.ok_or(KernelsError::NoPlace)?.join("tranche/kernels")))
+        let base = user_dir("XDG_DATA_HOME", "/var/lib", ".local/share").ok_or(KernelsError::NoPlace)?;
+        Ok(Self::in_dir(base.join("tranche/kernels")))
     }
 
     fn failed(&self) -> impl FnOnce(io::Error) -> KernelsError {
-        let path = self.dir.clone();
+        let path = self.0.dir().to_owned();
         move |source| KernelsError::Library { path, source }
     }
 
@@ -115,7 +104,7 @@ impl Library {
         if !is_name(name) {
             return Err(KernelsError::Unknown(name.into()));
         }
-        let dir = self.dir.join(name);
+        let dir = self.0.path(name);
         let read = fs::read(dir.join(MANIFEST)).and_then(|text| Ok(serde_json::from_slice(&text)?));
         match read {
             Ok(manifest) => Ok(Bundle { name: name.into(), manifest, dir }),
@@ -131,33 +120,17 @@ impl Library {
     /// # Errors
     /// When the library cannot be read.
     pub fn list(&self) -> Result<Vec<Result<Bundle, KernelsError>>, KernelsError> {
-        let entries = match fs::read_dir(&self.dir) {
-            Ok(entries) => entries,
-            Err(error) if error.kind() == io::ErrorKind::NotFound => return Ok(Vec::new()),
-            Err(error) => return Err(self.failed()(error)),
-        };
-        let mut names: Vec<String> = entries
-            .filter_map(|entry| entry.ok()?.file_name().into_string().ok())
-            .filter(|name| is_name(name))
-            .collect();
-        names.sort();
+        let names = self.0.names(is_name).map_err(self.failed())?;
         Ok(names.iter().map(|name| self.find(name)).collect())
     }
 
     /// # Errors
     /// `Unknown` if there is none of that name.
     pub fn remove(&self, name: &str) -> Result<(), KernelsError> {
-        if !is_name(name) || !self.dir.join(name).exists() {
+        if !is_name(name) || !self.0.path(name).exists() {
             return Err(KernelsError::Unknown(name.into()));
         }
-        // Renamed first: half a bundle must not be found under its name.
-        let gone = self.unfinished(name);
-        let _turn = self.turn().map_err(self.failed())?;
-        fs::rename(self.dir.join(name), &gone).and_then(|()| fs::remove_dir_all(&gone)).map_err(self.failed())
-    }
-
-    fn unfinished(&self, name: &str) -> PathBuf {
-        self.dir.join(format!("{UNFINISHED}{name}-{}", std::process::id()))
+        self.0.remove(name).map_err(self.failed())
     }
 
     /// Begins a bundle.
@@ -165,43 +138,11 @@ impl Library {
         if !is_name(name) {
             return Err(KernelsError::Name(name.into()));
         }
-        if !replace && self.dir.join(name).exists() {
+        if !replace && self.0.path(name).exists() {
             return Err(KernelsError::Exists(name.into()));
         }
-        let dir = self.unfinished(name);
-        let made = (|| {
-            DirBuilder::new().recursive(true).mode(0o755).create(&self.dir)?;
-            // Nobody sweeps between the making of a directory and its lock.
-            let _turn = self.turn()?;
-            self.sweep()?;
-            fs::create_dir(&dir)?;
-            let lock = File::open(&dir)?;
-            flock(&lock, FlockOperation::NonBlockingLockExclusive)?;
-            Ok(lock)
-        })();
-        let lock = made.map_err(self.failed())?;
-        Ok(NewBundle { library: self.clone(), name: name.into(), dir, replace, _lock: lock })
-    }
-
-    /// Waits until no other process makes or removes directories here.
-    fn turn(&self) -> io::Result<File> {
-        let dir = File::open(&self.dir)?;
-        flock(&dir, FlockOperation::LockExclusive)?;
-        Ok(dir)
-    }
-
-    /// Removes what killed imports have left.
-    fn sweep(&self) -> io::Result<()> {
-        for entry in fs::read_dir(&self.dir)?.flatten() {
-            let left = entry.file_name().to_str().is_some_and(|name| name.starts_with(UNFINISHED));
-            if left
-                && let Ok(dir) = File::open(entry.path())
-                && flock(&dir, FlockOperation::NonBlockingLockExclusive).is_ok()
-            {
-                let _ = fs::remove_dir_all(entry.path());
-            }
-        }
-        Ok(())
+        let unfinished = self.0.begin(name).map_err(self.failed())?;
+        Ok(NewBundle { library: self.clone(), name: name.into(), replace, unfinished })
     }
 }
 
@@ -209,14 +150,13 @@ impl Library {
 pub(super) struct NewBundle {
     library: Library,
     name: String,
-    dir: PathBuf,
     replace: bool,
-    _lock: File,
+    unfinished: Unfinished,
 }
 
 impl NewBundle {
     pub fn dir(&self) -> &Path {
-        &self.dir
+        self.unfinished.path()
     }
 
     /// Says of an operation on the bundle's files why it failed.
@@ -226,56 +166,21 @@ impl NewBundle {
 
     /// Gives the bundle its name, once it is on stable storage.
     pub fn finish(self, manifest: &Manifest) -> Result<Bundle, KernelsError> {
-        let dir = self.library.dir.join(&self.name);
+        let Self { library, name, replace, unfinished } = self;
         let named = (|| {
-            fs::write(self.dir.join(MANIFEST), serde_json::to_vec_pretty(manifest)?)?;
+            fs::write(unfinished.path().join(MANIFEST), serde_json::to_vec_pretty(manifest)?)?;
             for file in [MANIFEST, KERNEL, INITRD] {
-                File::open(self.dir.join(file))?.sync_all()?;
+                File::open(unfinished.path().join(file))?.sync_all()?;
             }
-            File::open(&self.dir)?.sync_all()?;
-            let _turn = self.library.turn()?;
-            if self.replace && dir.exists() {
-                exchange(&self.dir, &dir)?;
-            } else {
-                // A directory with something in it is never replaced.
-                fs::rename(&self.dir, &dir)?;
-            }
-            File::open(&self.library.dir)?.sync_all()
+            unfinished.finish(replace)
         })();
+        let dir = library.0.path(&name);
         match named {
-            // What was replaced goes when `self` is dropped.
-            Ok(()) => Ok(Bundle { name: self.name.clone(), manifest: manifest.clone(), dir }),
-            Err(error) if matches!(error.kind(), io::ErrorKind::AlreadyExists | io::ErrorKind::DirectoryNotEmpty) => {
-                Err(KernelsError::Exists(self.name.clone()))
-            }
-            Err(error) => Err(self.library.failed()(error)),
+            Ok(()) => Ok(Bundle { name, manifest: manifest.clone(), dir }),
+            Err(error) if is_taken(&error) => Err(KernelsError::Exists(name)),
+            Err(error) => Err(library.failed()(error)),
         }
     }
-}
-
-impl Drop for NewBundle {
-    fn drop(&mut self) {
-        let _ = fs::remove_dir_all(&self.dir);
-    }
-}
-
-/// Has two directories change places, at once where the file system can do that.
-fn exchange(new: &Path, old: &Path) -> io::Result<()> {
-    match renameat_with(CWD, new, CWD, old, RenameFlags::EXCHANGE) {
-        Err(Errno::INVAL | Errno::NOSYS) => exchange_in_steps(new, old),
-        done => Ok(done?),
-    }
-}
-
-/// For a moment there is no `old`. It is back if anything fails but the last step, after which it is where it shall be.
-fn exchange_in_steps(new: &Path, old: &Path) -> io::Result<()> {
-    let aside = new.with_added_extension("old");
-    fs::rename(old, &aside)?;
-    if let Err(error) = fs::rename(new, old) {
-        let _ = fs::rename(&aside, old);
-        return Err(error);
-    }
-    fs::rename(&aside, new)
 }
 
 fn is_name(name: &str) -> bool {
@@ -338,25 +243,6 @@ mod tests {
         library.remove("k").unwrap();
         assert!(matches!(library.remove("k"), Err(KernelsError::Unknown(_))));
         assert_eq!(fs::read_dir(dir.path().join("a/b")).unwrap().count(), 1, "nothing is left behind");
-    }
-
-    #[test]
-    fn file_systems_that_cannot_exchange_get_there_in_steps() {
-        let dir = tempfile::tempdir().unwrap();
-        let [new, old] = ["new", "old"].map(|name| dir.path().join(name));
-        let content = |dir: &Path| fs::read_to_string(dir.join("is")).unwrap();
-        for exchange in [exchange, exchange_in_steps] {
-            for dir in [&new, &old] {
-                fs::create_dir_all(dir).unwrap();
-                fs::write(dir.join("is"), dir.file_name().unwrap().as_encoded_bytes()).unwrap();
-            }
-            exchange(&new, &old).unwrap();
-            assert_eq!((content(&new).as_str(), content(&old).as_str()), ("old", "new"));
-            // A new one that is not there leaves the old one as it is.
-            exchange(&dir.path().join("lost"), &old).unwrap_err();
-            assert_eq!(content(&old), "new");
-        }
-        assert_eq!(fs::read_dir(dir.path()).unwrap().count(), 2, "nothing is left beside them");
     }
 
     #[test]

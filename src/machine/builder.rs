@@ -51,7 +51,7 @@ impl Machine {
         let logs_writes = parts.track_writes;
         let Parts { origin, disks, nics, entropy, serial, transport, vcpu_thread, .. } = parts;
         let kvm = open_kvm(host, cpus, &changes)?;
-        let vm = Arc::new(kvm.create_vm().map_err(KvmError::call("create a VM"))?);
+        let vm = Arc::new(create_vm(&kvm).map_err(KvmError::call("create a VM"))?);
         timeline.mark(Milestone::VmCreated);
 
         let ranges = layout::ram_ranges(memory.0);
@@ -187,6 +187,16 @@ fn open_kvm(host: &dyn HostFiles, cpus: u8, changes: &CpuChanges) -> Result<Kvm,
         return Err(KvmError::Cpus { wanted: cpus, max });
     }
     Ok(kvm)
+}
+
+/// KVM gives up on a new VM as soon as anything waits for the thread, be it work that an io_uring of a machine before has left.
+pub(super) fn create_vm(kvm: &Kvm) -> Result<VmFd, kvm_ioctls::Error> {
+    loop {
+        match kvm.create_vm() {
+            Err(error) if error.errno() == libc::EINTR => {}
+            created => return created,
+        }
+    }
 }
 
 #[expect(unsafe_code, reason = "kvm-ioctls takes a raw descriptor")]

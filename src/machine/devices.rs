@@ -381,6 +381,11 @@ impl Devices {
         all.filter(|(id, _)| !matches!(id, DeviceId::Entropy))
     }
 
+    /// All devices, and what knows of their drivers.
+    pub fn drivers(&self) -> impl Iterator<Item = (&DeviceId, &Arc<dyn DeviceEvents>)> {
+        self.all.iter().map(|device| (&device.id, &device.place.events))
+    }
+
     /// Of the entropy device, if there is one.
     pub fn entropy_limiter(&self) -> Option<&Arc<Limiter>> {
         self.entropy.as_ref()

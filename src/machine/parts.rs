@@ -18,7 +18,7 @@ use crate::backend::{HostFile, HostFiles, Limiter};
 use crate::boot::{BootError, BootFile};
 use crate::config::{
     CpuChanges, DiskConfig, EntropyConfig, MAX_USER_MTU, MacAddress, MemoryPages, MemorySize, NetBackend, NetConfig,
-    SavedDisk, SavedNic, SavedVm, SerialConfig, Transport, VmConfig,
+    OpenFile, SavedDisk, SavedNic, SavedVm, SerialConfig, Transport, VmConfig,
 };
 use crate::devices::block::{BlockDevice, BlockOptions, Rings};
 use crate::devices::net::{NetLimiters, NetOptions, NetShapeV1};
@@ -324,6 +324,9 @@ impl SerialSetup {
             SerialConfig::File(path) => {
                 let file = host.open(&HostFile::SerialOutput(path.clone()));
                 SerialOutput::File(file.map_err(|source| MachineError::Serial { path: path.clone(), source })?)
+            }
+            SerialConfig::Open(OpenFile(file)) => {
+                SerialOutput::File(file.try_clone().map_err(MachineError::host("use the console"))?)
             }
         }))
     }

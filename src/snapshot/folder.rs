@@ -6,7 +6,7 @@ use std::os::fd::AsFd;
 use std::path::{Path, PathBuf};
 use std::time::SystemTime;
 
-use rustix::fs::{CWD, FlockOperation, RenameFlags};
+use rustix::fs::FlockOperation;
 
 use super::disks::{self, DISKS, StoredFile};
 use super::manifest::{self, CpuNeeds, Manifest, PartEntry};
@@ -16,6 +16,7 @@ use crate::backend::disk::Layer;
 use crate::config::{SavedDisk, SavedVm};
 use crate::memory::saved::Data;
 use crate::observe::rfc3339;
+use crate::shelf::{rename_to_free, sync_parent};
 
 const MANIFEST: &str = "manifest.json";
 const CONFIG: &str = "config.json";
@@ -147,12 +148,8 @@ impl NewFolder {
             disks => disks?.sync_all()?,
         }
         File::open(&self.partial)?.sync_all()?;
-        match rustix::fs::renameat_with(CWD, &self.partial, CWD, &self.path, RenameFlags::NOREPLACE) {
-            // A file system that cannot promise that nothing is replaced; a directory that has files never is.
-            Err(rustix::io::Errno::INVAL | rustix::io::Errno::NOSYS) => fs::rename(&self.partial, &self.path)?,
-            renamed => renamed?,
-        }
-        File::open(parent(&self.path))?.sync_all()
+        rename_to_free(&self.partial, &self.path)?;
+        sync_parent(&self.path)
     }
 }
 

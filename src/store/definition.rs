@@ -32,7 +32,7 @@ pub enum DefinitionError {
     Firecracker,
     #[error("a path in it is relative: {}", .0.display())]
     RelativePath(PathBuf),
-    #[error("two of its disks, or one, have no id, by which a disk is known")]
+    #[error("a disk in it has no id: give each one of its own")]
     NoDiskId,
     #[error(transparent)]
     Config(#[from] ConfigError),
@@ -85,11 +85,16 @@ impl Definition {
     pub fn paths(&self) -> impl Iterator<Item = &PathBuf> {
         let vm = &self.vm;
         let kernel = (!is_kernel_name(&vm.kernel)).then_some(&vm.kernel);
-        let disks = vm
-            .disks
-            .iter()
-            .flat_map(|disk| std::iter::once(&disk.path).chain(disk.image.backing.iter().map(|backing| &backing.path)));
-        kernel.into_iter().chain(&vm.initrd).chain(disks)
+        kernel.into_iter().chain(&vm.initrd).chain(self.disk_paths())
+    }
+
+    /// The files of its disks.
+    pub fn disk_paths(&self) -> impl Iterator<Item = &PathBuf> {
+        let disks = self.vm.disks.iter();
+        disks.flat_map(|disk| {
+            let backing = disk.image.backing.iter().map(|backing| &backing.path);
+            std::iter::once(&disk.path).chain(backing)
+        })
     }
 
     /// Gives disks without an id one, by which they are known from then on, and has paths begin at `base`.

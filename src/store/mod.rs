@@ -20,31 +20,26 @@ mod error;
 mod life;
 mod vm;
 
-use std::fs::{self, DirBuilder, File};
-use std::io::{self, Write};
-use std::os::unix::fs::DirBuilderExt;
+use std::fs::File;
+use std::io;
 use std::path::{Path, PathBuf};
 
-use rustix::fs::{CWD, FlockOperation, RenameFlags, flock, renameat_with};
-use rustix::io::Errno;
+use crate::shelf::{Shelf, is_taken, rename_to_free, sync_parent, user_dir, write_whole};
 
 pub use self::console_log::{LogLine, LogReader, LogWriter};
 pub use self::definition::{Definition, DefinitionError, is_kernel_name};
 pub use self::error::StoreError;
-pub use self::life::{Ended, Life, State};
+pub use self::life::{Ended, Life, State, now};
 pub use self::vm::{Change, Running, Vm};
 
 const DEFINITION: &str = "vm.json";
-/// Directories that are not VMs: not yet, or not any more.
-const UNFINISHED: &str = ".new-";
-
 /// Most bytes of a name: it becomes part of a socket's path, which has 107.
 const LONGEST_NAME: usize = 48;
 
 /// Where a user's VMs are.
 #[derive(Debug, Clone)]
 pub struct Store {
-    vms: PathBuf,
+    vms: Shelf,
     run: PathBuf,
 }
 
@@ -58,7 +53,7 @@ pub fn is_name(name: &str) -> bool {
 impl Store {
     #[must_use]
     pub fn in_dirs(state: &Path, run: &Path) -> Self {
-        Self { vms: state.join("vms"), run: run.to_owned() }
+        Self { vms: Shelf::new(state.join("vms"), 0o700), run: run.to_owned() }
     }
 
     /// `$XDG_STATE_HOME/tranche` and `$XDG_RUNTIME_DIR/tranche`. Without those variables `/var/lib/tranche` and `/run/tranche`
@@ -67,15 +62,14 @@ impl Store {
     /// # Errors
     /// When the first cannot be told.
     pub fn of_user() -> Result<Self, StoreError> {
-        let absolute = |name| std::env::var_os(name).map(PathBuf::from).filter(|path| path.is_absolute());
+        let state = user_dir("XDG_STATE_HOME", "/var/lib", ".local/state").ok_or(StoreError::NoPlace)?;
         let user = rustix::process::geteuid();
-        let root = |path: &str| user.is_root().then(|| PathBuf::from(path));
-        let state = absolute("XDG_STATE_HOME")
-            .or_else(|| root("/var/lib"))
-            .or_else(|| Some(absolute("HOME")?.join(".local/state")))
-            .ok_or(StoreError::NoPlace)?;
-        let run = absolute("XDG_RUNTIME_DIR").or_else(|| root("/run")).map(|dir| dir.join("tranche"));
-        let run = run.unwrap_or_else(|| format!("/tmp/tranche-{}", user.as_raw()).into());
+        let run = std::env::var_os("XDG_RUNTIME_DIR").map(PathBuf::from).filter(|path| path.is_absolute());
+        let run = match run {
+            Some(dir) => dir.join("tranche"),
+            None if user.is_root() => "/run/tranche".into(),
+            None => format!("/tmp/tranche-{}", user.as_raw()).into(),
+        };
         Ok(Self::in_dirs(&state.join("tranche"), &run))
     }
 
@@ -87,7 +81,7 @@ impl Store {
     }
 
     fn vm(&self, name: &str) -> Vm {
-        Vm::new(name.to_owned(), self.vms.join(name), self.run.join(name))
+        Vm::new(name.to_owned(), self.vms.path(name), self.run.join(name))
     }
 
     /// All of them, by name.
@@ -95,13 +89,7 @@ impl Store {
     /// # Errors
     /// When the directory cannot be read.
     pub fn all(&self) -> Result<Vec<Vm>, StoreError> {
-        let entries = match fs::read_dir(&self.vms) {
-            Err(error) if error.kind() == io::ErrorKind::NotFound => return Ok(Vec::new()),
-            entries => entries.map_err(StoreError::io("read", &self.vms))?,
-        };
-        let names = entries.filter_map(|entry| entry.ok()?.file_name().into_string().ok());
-        let mut names: Vec<String> = names.filter(|name| is_name(name)).collect();
-        names.sort_unstable();
+        let names = self.vms.names(is_name).map_err(StoreError::io("read", self.vms.dir()))?;
         Ok(names.iter().map(|name| self.vm(name)).collect())
     }
 
@@ -113,24 +101,15 @@ impl Store {
         if !is_name(name) {
             return Err(StoreError::Name(name.into()));
         }
-        self.sweep()?;
         let vm = self.vm(name);
-        let partial = self.unfinished(name);
         let make = || {
-            make_dir(&partial)?;
-            let _lock = lock_dir(&partial)?;
-            write_whole(&partial.join(DEFINITION), &definition.to_json())?;
-            File::create(partial.join(vm::LOCK))?;
-            let placed = rename_to_free(&partial, vm.dir());
-            placed.and_then(|()| File::open(&self.vms)?.sync_all())
+            let unfinished = self.vms.begin(name)?;
+            write_whole(&unfinished.path().join(DEFINITION), &definition.to_json())?;
+            File::create(unfinished.path().join(vm::LOCK))?;
+            unfinished.finish(false)
         };
-        match make() {
-            Ok(()) => Ok(vm),
-            Err(error) => {
-                let _ = fs::remove_dir_all(&partial);
-                Err(not_placed("make", vm.dir(), name)(error))
-            }
-        }
+        make().map_err(not_placed("make", vm.dir(), name))?;
+        Ok(vm)
     }
 
     /// Removes a VM that does not run. Its disks are its owner's, and stay.
@@ -140,11 +119,8 @@ impl Store {
     pub fn remove(&self, vm: &Vm) -> Result<(), StoreError> {
         let _change = vm.change()?;
         let _lock = vm.lock()?;
-        self.sweep()?;
-        // Renamed first: half a VM must not be found under its name.
-        let gone = self.unfinished(vm.name());
-        let removed = fs::rename(vm.dir(), &gone).and_then(|()| fs::remove_dir_all(&gone));
-        removed.map_err(StoreError::io("remove", vm.dir()))
+        vm.forget_runtime();
+        self.vms.remove(vm.name()).map_err(StoreError::io("remove", vm.dir()))
     }
 
     /// Gives a VM that does not run another name.
@@ -157,66 +133,17 @@ impl Store {
         }
         let _change = vm.change()?;
         let _lock = vm.lock()?;
-        rename_to_free(vm.dir(), &self.vms.join(name)).map_err(not_placed("rename", vm.dir(), name))
-    }
-
-    fn unfinished(&self, name: &str) -> PathBuf {
-        self.vms.join(format!("{UNFINISHED}{name}-{}", std::process::id()))
-    }
-
-    /// Removes what killed commands have left behind.
-    fn sweep(&self) -> Result<(), StoreError> {
-        let failed = StoreError::io("use", &self.vms);
-        DirBuilder::new().recursive(true).mode(0o700).create(&self.vms).map_err(failed)?;
-        let entries = fs::read_dir(&self.vms).map_err(StoreError::io("read", &self.vms))?;
-        for path in entries.filter_map(|entry| Some(entry.ok()?.path())) {
-            let is_unfinished =
-                path.file_name().is_some_and(|name| name.as_encoded_bytes().starts_with(UNFINISHED.as_bytes()));
-            // What is locked belongs to one that is at it.
-            if is_unfinished && let Ok(_lock) = lock_dir(&path) {
-                let _ = fs::remove_dir_all(&path);
-            }
-        }
-        Ok(())
-    }
-}
-
-fn make_dir(path: &Path) -> io::Result<()> {
-    DirBuilder::new().mode(0o700).create(path)
-}
-
-/// Locks a directory, without waiting.
-fn lock_dir(path: &Path) -> io::Result<File> {
-    let dir = File::open(path)?;
-    flock(&dir, FlockOperation::NonBlockingLockExclusive)?;
-    Ok(dir)
-}
-
-/// Writes a file whole or not at all, and to stable storage.
-fn write_whole(path: &Path, bytes: &[u8]) -> io::Result<()> {
-    let partial = path.with_extension("new");
-    let mut file = File::create(&partial)?;
-    file.write_all(bytes)?;
-    file.sync_all()?;
-    fs::rename(&partial, path)?;
-    File::open(path.parent().unwrap_or(Path::new(".")))?.sync_all()
-}
-
-fn rename_to_free(from: &Path, to: &Path) -> io::Result<()> {
-    match renameat_with(CWD, from, CWD, to, RenameFlags::NOREPLACE) {
-        // A file system that cannot promise that nothing is replaced; a directory that has files never is.
-        Err(Errno::INVAL | Errno::NOSYS) => fs::rename(from, to),
-        renamed => Ok(renamed?),
+        vm.forget_runtime();
+        let place = self.vms.path(name);
+        let renamed = rename_to_free(vm.dir(), &place).and_then(|()| sync_parent(&place));
+        renamed.map_err(not_placed("rename", vm.dir(), name))
     }
 }
 
 /// Why a directory did not get its `name`.
 fn not_placed(what: &'static str, path: &Path, name: &str) -> impl FnOnce(io::Error) -> StoreError {
     let (failed, name) = (StoreError::io(what, path), name.to_owned());
-    move |error| match error.kind() {
-        io::ErrorKind::AlreadyExists | io::ErrorKind::DirectoryNotEmpty => StoreError::Exists(name),
-        _ => failed(error),
-    }
+    move |error| if is_taken(&error) { StoreError::Exists(name) } else { failed(error) }
 }
 
 #[cfg(test)]

@@ -1,6 +1,7 @@
 use super::*;
 use crate::config::{DiskConfig, VmConfig};
 use proptest::prelude::*;
+use std::time::Duration;
 
 fn definition() -> Definition {
     let mut definition = Definition::parse(br#"{ "version": 1, "vm": { "kernel": "debian" } }"#).unwrap();
@@ -81,7 +82,7 @@ fn vms_are_made_found_renamed_and_removed() {
     }
     store.remove(&store.find("three").unwrap()).unwrap();
     assert_eq!(names(&store), ["two"]);
-    assert_eq!(fs::read_dir(&store.vms).unwrap().count(), 1, "nothing else is left");
+    assert_eq!(std::fs::read_dir(store.vms.dir()).unwrap().count(), 1, "nothing else is left");
 }
 
 #[test]
@@ -89,7 +90,7 @@ fn what_runs_is_left_alone() {
     let Place { _dir, store } = place();
     let vm = store.create("one", &definition()).unwrap();
     assert_eq!(vm.state(), State::Stopped);
-    let (running, started) = vm.run().unwrap();
+    let (mut running, started) = vm.run().unwrap();
     assert_eq!(started, definition());
     assert_eq!((vm.state(), vm.running_definition()), (State::Running, Some(definition())));
     assert!(matches!(vm.run(), Err(StoreError::Running(_))));
@@ -104,34 +105,21 @@ fn what_runs_is_left_alone() {
     other.vm.cpus = 0;
     assert!(matches!(vm.define(&change, &other), Err(StoreError::Definition { .. })));
     assert_eq!(vm.running_definition(), Some(definition()));
+    assert!(vm.process().is_some() && !vm.wait_until_it_ends(Some(Duration::from_millis(20))));
     running.end(0, "the guest powered off".into());
+    assert!(vm.is_locked(), "until its process is gone");
+    drop(running);
+    assert!(vm.process().is_none() && vm.wait_until_it_ends(None));
     assert_eq!((vm.state(), vm.running_definition()), (State::Stopped, None));
     assert_eq!(vm.definition().unwrap().vm.cpus, 3);
 
-    let (running, _) = vm.run().unwrap();
+    let (mut running, _) = vm.run().unwrap();
     running.end(4, "the guest's kernel panicked".into());
+    drop(running);
     assert_eq!(vm.state(), State::Failed("the guest's kernel panicked".into()));
     // A process that is killed says nothing more.
     drop(vm.run().unwrap());
     assert_eq!(vm.state(), State::Dead("its process was killed".into()));
-}
-
-#[test]
-fn what_killed_commands_leave_behind_is_swept() {
-    let Place { _dir, store } = place();
-    store.create("one", &definition()).unwrap();
-    let (left, kept) = (store.vms.join(".new-left-1"), store.vms.join(".new-kept-2"));
-    for dir in [&left, &kept] {
-        fs::create_dir(dir).unwrap();
-        fs::write(dir.join("vm.json"), "{").unwrap();
-    }
-    let lock = lock_dir(&kept).unwrap();
-    store.create("two", &definition()).unwrap();
-    assert!(!left.exists() && kept.exists());
-    drop(lock);
-    store.remove(&store.find("two").unwrap()).unwrap();
-    assert!(!kept.exists());
-    assert_eq!(names(&store), ["one"]);
 }
 
 proptest! {

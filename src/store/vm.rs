@@ -2,14 +2,18 @@
 
 use std::fs::{self, DirBuilder, File};
 use std::io;
+use std::os::fd::OwnedFd;
 use std::os::unix::fs::{DirBuilderExt, MetadataExt};
 use std::path::{Path, PathBuf};
-use std::time::Duration;
+use std::time::{Duration, Instant};
 
+use rustix::event::{PollFd, PollFlags, Timespec, poll};
 use rustix::fs::{FlockOperation, flock};
 use rustix::io::Errno;
+use rustix::process::{Pid, PidfdFlags, pidfd_open};
 
-use super::{DEFINITION, Definition, DefinitionError, Ended, Life, State, StoreError, life, make_dir, write_whole};
+use super::{DEFINITION, Definition, DefinitionError, Ended, Life, State, StoreError, life};
+use crate::shelf::{lock_dir, write_whole};
 
 pub(super) const LOCK: &str = "lock";
 const LIFE: &str = "life.json";
@@ -26,7 +30,7 @@ pub struct Vm {
 #[derive(Debug)]
 pub struct Change(#[expect(dead_code, reason = "a lock")] File);
 
-/// The right to be a VM, held as long as it runs. Its runtime directory goes with it.
+/// The right to be a VM, held as long as it runs.
 #[derive(Debug)]
 pub struct Running {
     vm: Vm,
@@ -116,6 +120,42 @@ impl Vm {
         matches!(flock(&file, FlockOperation::NonBlockingLockShared), Err(Errno::WOULDBLOCK))
     }
 
+    /// Its process, to wait for and to signal, while it runs.
+    #[must_use]
+    pub fn process(&self) -> Option<OwnedFd> {
+        let life = self.life().filter(|life| life.ended.is_none())?;
+        let process = pidfd_open(Pid::from_raw(i32::try_from(life.pid).ok()?)?, PidfdFlags::empty()).ok()?;
+        // Looked at after it was opened: as long as the VM is locked, the number is that of the process that has locked it.
+        self.is_locked().then_some(process)
+    }
+
+    /// Waits until it does not run; `false` if it still does after `patience`.
+    #[must_use]
+    pub fn wait_until_it_ends(&self, patience: Option<Duration>) -> bool {
+        let deadline = patience.map(|patience| Instant::now() + patience);
+        while self.is_locked() {
+            let left = deadline.map(|deadline| deadline.saturating_duration_since(Instant::now()));
+            if left.is_some_and(|left| left.is_zero()) {
+                return false;
+            }
+            // One that has just begun to be the VM has not said yet who it is.
+            let process = self.process();
+            let longest = if process.is_some() { Duration::from_secs(1) } else { Duration::from_millis(10) };
+            let wait = left.map_or(longest, |left| left.min(longest));
+            let timeout = Timespec { tv_sec: wait.as_secs() as i64, tv_nsec: i64::from(wait.subsec_nanos()) };
+            match &process {
+                Some(process) => drop(poll(&mut [PollFd::new(process, PollFlags::IN)], Some(&timeout))),
+                None => std::thread::sleep(wait),
+            }
+        }
+        true
+    }
+
+    /// Removes what a killed process has left of its runtime directory.
+    pub(super) fn forget_runtime(&self) {
+        let _ = fs::remove_dir_all(&self.run);
+    }
+
     /// Takes the right to be this VM.
     ///
     /// # Errors
@@ -149,7 +189,7 @@ impl Vm {
     /// # Errors
     /// `Busy` when another command has it.
     pub fn change(&self) -> Result<Change, StoreError> {
-        super::lock_dir(&self.dir).map(Change).map_err(|error| match error.kind() {
+        lock_dir(&self.dir).map(Change).map_err(|error| match error.kind() {
             io::ErrorKind::WouldBlock => StoreError::Busy(self.name.clone()),
             io::ErrorKind::NotFound => StoreError::Unknown(self.name.clone()),
             _ => StoreError::io("lock", &self.dir)(error),
@@ -186,7 +226,7 @@ impl Vm {
             }
             match fs::remove_dir_all(&self.run) {
                 Err(error) if error.kind() != io::ErrorKind::NotFound => return Err(error),
-                _ => make_dir(&self.run)?,
+                _ => DirBuilder::new().mode(0o700).create(&self.run)?,
             }
             fs::write(self.run.join(DEFINITION), definition.to_json())?;
             life.write(&self.dir.join(LIFE))
@@ -197,17 +237,12 @@ impl Vm {
 }
 
 impl Running {
-    /// Writes down how it ended.
-    pub fn end(mut self, code: u8, reason: String) {
+    /// Writes down how it ended. The VM stays locked until the process that was it is gone, and its disks with it.
+    pub fn end(&mut self, code: u8, reason: String) {
         self.life.ended = Some(Ended { time: life::now(), code, reason });
         if let Err(error) = self.life.write(&self.vm.dir.join(LIFE)) {
             tracing::warn!("cannot write down how the VM ended: {error}");
         }
-    }
-}
-
-impl Drop for Running {
-    fn drop(&mut self) {
-        let _ = fs::remove_dir_all(&self.vm.run);
+        self.vm.forget_runtime();
     }
 }

@@ -71,6 +71,10 @@ pub trait DeviceEvents: Send + Sync {
     }
     /// The device's configuration space has changed.
     fn config_changed(&self);
+    /// Does a driver use the device (`DRIVER_OK`)?
+    fn driver_is_ready(&self) -> bool {
+        false
+    }
     /// The driver broke the rules in a way this device cannot go on from: sets `DEVICE_NEEDS_RESET`.
     fn needs_reset(&self, why: &dyn fmt::Display);
 }

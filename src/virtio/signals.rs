@@ -57,6 +57,10 @@ impl<C: Carrier> DeviceEvents for Signals<C> {
         self.carrier.interrupt_fd(queue)
     }
 
+    fn driver_is_ready(&self) -> bool {
+        self.registers.driver_is_ready()
+    }
+
     fn config_changed(&self) {
         self.registers.bump_generation();
         // Before there is a driver nobody may be interrupted (virtio 1.2, 2.3.1), and it has read nothing yet.

@@ -103,8 +103,8 @@ fn devices_are_those_of_before() {
     reset(&vm);
     wait_for_boot(&vm.running, 2);
     let devices = json!([
-        {"kind": "disk", "id": "a", "state": "present"},
-        {"kind": "disk", "id": "b", "state": "present"},
+        {"kind": "disk", "id": "a", "state": "present", "driver": false},
+        {"kind": "disk", "id": "b", "state": "present", "driver": false},
     ]);
     assert_eq!(vm.get("/v2/vm")["devices"], devices);
     let shown = vm.get("/vm/config");

@@ -9,6 +9,7 @@ use serde_json::{Value, json};
 use tempfile::NamedTempFile;
 use vm_memory::{Bytes, GuestAddress};
 
+use super::super::builder::create_vm;
 use super::state::PlaceStateV1;
 use super::*;
 use crate::backend::OpenDirectly;
@@ -38,7 +39,7 @@ impl Pc {
             println!("not tested: this host has no KVM");
             return None;
         }
-        let vm = kvm_ioctls::Kvm::new().unwrap().create_vm().unwrap();
+        let vm = create_vm(&kvm_ioctls::Kvm::new().unwrap()).unwrap();
         vm.create_irq_chip().unwrap();
         let events = Arc::new(EventQueue::new().unwrap());
         let news = Arc::new(News { events, timeline: Arc::new(Timeline::from(Instant::now())) });
