@@ -5,6 +5,8 @@
 //!
 //! - [`cli`]: one file per verb; parse, call, render
 //! - [`api`]: HTTP on a unix socket: Firecracker's API, and ours below `/v2`
+//! - [`jail`]: what takes rights away from processes of ours
+//! - [`resize`]: a named VM of another size: a plan, and the steps
 //! - [`store`]: named VMs on disk: definitions, locks, lives, consoles
 //! - [`control`]: what a client may ask of a VM, and the owner that does it
 //! - [`snapshot`]: a machine at rest: format, save, restore
@@ -35,11 +37,13 @@ pub mod devices;
 #[cfg(any(test, feature = "fuzzing"))]
 pub mod fuzzing;
 pub mod guest_init;
+pub mod jail;
 pub mod kernels;
 pub mod machine;
 pub mod memory;
 pub mod observe;
 pub mod platform;
+pub mod resize;
 pub mod shelf;
 pub mod snapshot;
 pub mod store;

@@ -68,13 +68,15 @@ pub enum Exit {
     VmDefinition = 94,
     VmStore = 95,
     TimedOut = 96,
+    NotResized = 97,
+    RolledBack = 98,
 }
 
 pub const HELP: &str = "\
 Exit status: 0 the guest powered off, 3 it reset, 4 its kernel panicked, 5 it was stopped from outside,
 6 a vCPU could not go on, 7 who gave its memory has ended; 1 an internal error, 2 wrong usage, 10 to 12 KVM, 13 huge pages, 20 to 26 kernel, initrd and
 command line, 30 to 35 disks, 40 to 42 taps and vhost, 50 the serial port, 60 to 65 imported kernels,
-70 to 73 the API and descriptions of VMs, 80 to 83 snapshots, 90 to 96 named VMs.
+70 to 73 the API and descriptions of VMs, 80 to 83 snapshots, 90 to 98 named VMs.
 See docs/exit-codes.md.";
 
 impl From<&End> for Exit {

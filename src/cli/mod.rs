@@ -3,6 +3,7 @@
 mod api;
 mod api_socket;
 mod clone;
+mod confined;
 mod console;
 mod disk;
 mod escape;
@@ -27,6 +28,7 @@ use std::time::Instant;
 use clap::{Args, CommandFactory, Parser, Subcommand};
 
 use crate::memory::share_one_heap;
+use crate::resize;
 
 /// A paravirtualized micro-VM monitor over KVM.
 #[derive(Debug, Parser)]
@@ -41,6 +43,9 @@ enum Verb {
     Run(Box<run::RunArgs>),
     Create(Box<vm::create::CreateArgs>),
     Start(vm::start::StartArgs),
+    Resize(Box<vm::resize::ResizeArgs>),
+    #[command(name = resize::CONFINED, hide = true)]
+    Confined(confined::ConfinedArgs),
     Stop(vm::lifecycle::StopArgs),
     Restart(vm::lifecycle::RestartArgs),
     Kill(vm::lifecycle::KillArgs),
@@ -100,6 +105,8 @@ pub fn main(start: Instant) -> ExitCode {
     match verb {
         Verb::Run(args) => run::run(*args, start),
         Verb::Create(args) => vm::create::run(*args),
+        Verb::Resize(args) => vm::resize::run(*args),
+        Verb::Confined(args) => confined::run(&args),
         Verb::Start(args) => vm::start::run(&args, start),
         Verb::Stop(args) => vm::lifecycle::stop(&args),
         Verb::Restart(args) => vm::lifecycle::restart(&args),

@@ -12,6 +12,7 @@ use crate::config::OverrideError;
 use crate::control::Fault;
 use crate::kernels::KernelsError;
 use crate::machine::MachineError;
+use crate::resize::ResizeError;
 use crate::snapshot::SnapshotError;
 use crate::store::StoreError;
 
@@ -33,6 +34,8 @@ pub enum StartError {
     Kernels(#[from] KernelsError),
     #[error(transparent)]
     Store(#[from] StoreError),
+    #[error(transparent)]
+    Resize(#[from] ResizeError),
     #[error("the VM cannot be as it is described")]
     Fault(#[source] Fault),
 }
@@ -53,6 +56,7 @@ impl StartError {
         let (exit, hint) = match self {
             Self::Machine(error) => return exit::report(error),
             Self::Snapshot(error) => return super::snapshot::report(error),
+            Self::Resize(error) => return super::vm::report_resize(error),
             Self::Kernels(error) => return exit::report_kernels(error),
             Self::Store(error) => return exit::report_store(error),
             Self::Override(_) => (Exit::Usage, Some("'tranche snapshot inspect DIR' shows what it has")),

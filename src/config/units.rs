@@ -40,6 +40,14 @@ impl FromStr for MemorySize {
     }
 }
 
+impl MemorySize {
+    /// In whole MiB, which are easier to read.
+    #[must_use]
+    pub fn rounded(self) -> Self {
+        Self(self.0.saturating_add((1 << 20) - 1) & !((1 << 20) - 1))
+    }
+}
+
 impl fmt::Display for MemorySize {
     fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
         match SUFFIXES.iter().find(|(_, shift)| self.0 != 0 && self.0.is_multiple_of(1 << shift)) {

@@ -1,12 +1,13 @@
 //! What a named VM is: the file that its next start takes.
 
+use std::collections::BTreeMap;
 use std::io;
 use std::path::{Path, PathBuf};
 
 use serde::{Deserialize, Serialize};
 use thiserror::Error;
 
-use crate::config::{ConfigError, VmConfig};
+use crate::config::{ConfigError, MemorySize, VmConfig};
 
 /// A definition. Newer releases read what older ones wrote.
 #[derive(Debug, Clone, PartialEq, Eq, Serialize, Deserialize)]
@@ -16,6 +17,9 @@ pub struct Definition {
     pub version: u32,
     /// What the guest writes to its console when it is up. Without it, it is up when it drives its root disk.
     pub ready: Option<String>,
+    /// Sizes that disks get before the next start, by their ids.
+    #[serde(default, skip_serializing_if = "BTreeMap::is_empty")]
+    pub disk_sizes: BTreeMap<String, MemorySize>,
     /// Its kernel is a path, or the name of an imported one.
     pub vm: VmConfig,
 }
@@ -43,7 +47,7 @@ impl Definition {
 
     #[must_use]
     pub fn new(vm: VmConfig) -> Self {
-        Self { version: Self::VERSION, ready: None, vm }
+        Self { version: Self::VERSION, ready: None, disk_sizes: BTreeMap::new(), vm }
     }
 
     /// # Errors
@@ -81,6 +85,12 @@ impl Definition {
         }
     }
 
+    /// Would a start now be of something else than what `running` was started with?
+    #[must_use]
+    pub fn differs_from(&self, running: &Self) -> bool {
+        self.vm != running.vm || !self.disk_sizes.is_empty()
+    }
+
     /// The files that it names, but for an imported kernel.
     pub fn paths(&self) -> impl Iterator<Item = &PathBuf> {
         let vm = &self.vm;
@@ -100,19 +110,20 @@ impl Definition {
     /// Gives disks without an id one, by which they are known from then on, and has paths begin at `base`.
     ///
     /// # Errors
-    /// When `base` is relative, and the current directory cannot be told.
+    /// When a path is empty, or `base` is relative and the current directory cannot be told.
     pub fn settle(&mut self, base: &Path) -> io::Result<()> {
-        let base = std::path::absolute(base)?;
+        let settle = |path: &mut PathBuf| -> io::Result<()> {
+            *path = std::path::absolute(base.join(&*path))?;
+            Ok(())
+        };
         let vm = &mut self.vm;
         if !is_kernel_name(&vm.kernel) {
-            vm.kernel = base.join(&vm.kernel);
+            settle(&mut vm.kernel)?;
         }
-        vm.initrd = vm.initrd.take().map(|path| base.join(path));
+        vm.initrd.as_mut().map_or(Ok(()), settle)?;
         for disk in &mut vm.disks {
-            disk.path = base.join(&disk.path);
-            for backing in &mut disk.image.backing {
-                backing.path = base.join(&backing.path);
-            }
+            settle(&mut disk.path)?;
+            disk.image.backing.iter_mut().try_for_each(|backing| settle(&mut backing.path))?;
         }
         for index in 0..self.vm.disks.len() {
             if self.vm.disks[index].id.is_none() {

@@ -30,7 +30,7 @@ pub use self::console_log::{LogLine, LogReader, LogWriter};
 pub use self::definition::{Definition, DefinitionError, is_kernel_name};
 pub use self::error::StoreError;
 pub use self::life::{Ended, Life, State, now};
-pub use self::vm::{Change, Running, Vm};
+pub use self::vm::{Change, Held, Running, Vm};
 
 const DEFINITION: &str = "vm.json";
 /// Most bytes of a name: it becomes part of a socket's path, which has 107.

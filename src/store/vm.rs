@@ -30,6 +30,10 @@ pub struct Vm {
 #[derive(Debug)]
 pub struct Change(#[expect(dead_code, reason = "a lock")] File);
 
+/// The right to keep a VM from being started.
+#[derive(Debug)]
+pub struct Held(#[expect(dead_code, reason = "a lock")] File);
+
 /// The right to be a VM, held as long as it runs.
 #[derive(Debug)]
 pub struct Running {
@@ -156,10 +160,18 @@ impl Vm {
         let _ = fs::remove_dir_all(&self.run);
     }
 
-    /// Takes the right to be this VM.
+    /// Keeps it from being started while its files are changed.
     ///
     /// # Errors
     /// `Running` when it runs.
+    pub fn hold(&self) -> Result<Held, StoreError> {
+        self.lock().map(Held)
+    }
+
+    /// Takes the right to be this VM.
+    ///
+    /// # Errors
+    /// `Running` when it runs, `Busy` when it is being changed.
     pub(super) fn lock(&self) -> Result<File, StoreError> {
         let failed = |what| StoreError::io(what, &self.dir);
         let file = File::options().write(true).create(true).truncate(false).open(self.dir.join(LOCK));
@@ -172,7 +184,12 @@ impl Vm {
             match flock(&file, FlockOperation::NonBlockingLockExclusive) {
                 Ok(()) => break,
                 Err(Errno::WOULDBLOCK) if tries > 0 => std::thread::sleep(Duration::from_millis(5)),
-                Err(Errno::WOULDBLOCK) => return Err(StoreError::Running(self.name.clone())),
+                Err(Errno::WOULDBLOCK) => {
+                    // Whoever changes its files holds it too, for as long as that takes.
+                    let is_running = self.life().is_some_and(|life| life.ended.is_none()) && self.change().is_ok();
+                    let name = self.name.clone();
+                    return Err(if is_running { StoreError::Running(name) } else { StoreError::Busy(name) });
+                }
                 Err(error) => return Err(failed("lock")(error.into())),
             }
         }

@@ -8,9 +8,11 @@ use std::time::Duration;
 use thiserror::Error;
 
 use crate::api::client::ClientError;
+use crate::backend::disk::tools::ToolError;
 use crate::cli::exit::{self, Exit};
 use crate::cli::start_error::StartError;
 use crate::kernels::KernelsError;
+use crate::resize::ResizeError;
 use crate::store::{StoreError, Vm};
 
 #[derive(Debug, Error)]
@@ -21,6 +23,8 @@ pub enum Failure {
     Start(#[from] StartError),
     #[error(transparent)]
     Kernels(#[from] KernelsError),
+    #[error(transparent)]
+    Resize(#[from] ResizeError),
     #[error("cannot read the {what} {}", path.display())]
     File { what: &'static str, path: PathBuf, source: io::Error },
     #[error("cannot ask the VM '{name}'")]
@@ -54,6 +58,7 @@ impl Failure {
             Self::Store(error) => return exit::report_store(error) as u8,
             Self::Start(error) => return error.report() as u8,
             Self::Kernels(error) => return exit::report_kernels(error) as u8,
+            Self::Resize(error) => return report_resize(error) as u8,
             Self::NotStarted(_, code) => return *code,
             Self::File { what, .. } => {
                 let exit = match *what {
@@ -77,6 +82,17 @@ impl Failure {
         };
         exit::report_with(self, exit, hint) as u8
     }
+}
+
+/// Prints why a VM did not get another size, and tells the exit code.
+pub fn report_resize(error: &ResizeError) -> Exit {
+    let exit = match error {
+        ResizeError::Disk(error) => exit::judge_disk(error),
+        ResizeError::Image(ToolError::Disk(error)) => exit::judge_disk(error),
+        ResizeError::Definition(_) | ResizeError::NoSuchDisk { .. } | ResizeError::Size(_) => Exit::Usage,
+        _ => Exit::NotResized,
+    };
+    exit::report_with(error, exit, error.hint())
 }
 
 /// Ends a verb.

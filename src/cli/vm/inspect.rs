@@ -40,7 +40,7 @@ fn inspect(store: &Store, args: &InspectArgs) -> Result<(), Failure> {
         "why": state.why(),
         "definition": definition,
         // What the next start would change.
-        "pending": running.as_ref().is_some_and(|running| *running != definition),
+        "pending": running.as_ref().is_some_and(|running| definition.differs_from(running)),
         "running": running,
         "last-start": vm.life(),
         "paths": {

@@ -88,7 +88,7 @@ impl Row {
         let definition = vm.definition()?;
         let state = vm.state();
         let running = vm.running_definition().filter(|_| state.name() == "running");
-        let pending = running.as_ref().is_some_and(|running| *running != definition);
+        let pending = running.as_ref().is_some_and(|running| definition.differs_from(running));
         let is_running = running.is_some();
         let config = running.unwrap_or(definition).vm;
         Ok(Self {

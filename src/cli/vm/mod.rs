@@ -9,11 +9,12 @@ pub mod inspect;
 pub mod lifecycle;
 pub mod logs;
 pub mod ls;
+pub mod resize;
 pub mod start;
 mod target;
 pub mod wait;
 
-pub use self::failure::conclude_with;
+pub use self::failure::{conclude_with, report_resize};
 pub use self::target::Target;
 
 use std::process::ExitCode;

@@ -27,7 +27,8 @@ use crate::cli::vm_args::resolve_kernel;
 use crate::control::Identity;
 use crate::machine::{End, MachineError};
 use crate::observe::{Timeline, init_log};
-use crate::store::{Running, Store, Vm};
+use crate::resize;
+use crate::store::{Definition, Running, Store, Vm};
 
 /// Start a named VM
 ///
@@ -122,7 +123,7 @@ fn be_the_vm(args: &StartArgs, timeline: &Arc<Timeline>) -> u8 {
     }
 }
 
-type Begun = (Signals, Vm, Running, crate::config::VmConfig);
+type Begun = (Signals, Vm, Running, Definition);
 
 fn begin(args: &StartArgs) -> Result<Begun, StartError> {
     if args.detached {
@@ -132,17 +133,26 @@ fn begin(args: &StartArgs) -> Result<Begun, StartError> {
     let signals = Signals::block().map_err(resources("listen to signals"))?;
     let vm = Store::of_user()?.find(&args.name)?;
     let (running, definition) = vm.run()?;
-    Ok((signals, vm, running, definition.vm))
+    Ok((signals, vm, running, definition))
 }
 
 fn serve(
     vm: &Vm,
-    mut config: crate::config::VmConfig,
+    mut definition: Definition,
     hub: &mut Hub,
     signals: Signals,
     timeline: &Arc<Timeline>,
     started: impl FnOnce(),
 ) -> Result<End, StartError> {
+    if !definition.disk_sizes.is_empty() {
+        // Asked for while it ran, or by a command that was killed at it.
+        let change = vm.change()?;
+        for done in resize::apply(&mut definition, false)? {
+            tracing::info!("{}", done.report);
+        }
+        vm.define(&change, &definition)?;
+    }
+    let mut config = definition.vm;
     resolve_kernel(&mut config)?;
     config.serial = hub.output();
     let host: Arc<dyn HostFiles> = Arc::new(OpenDirectly);

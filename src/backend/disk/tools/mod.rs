@@ -18,7 +18,7 @@ use super::{DiskError, SECTOR};
 pub use self::convert::{Source, convert};
 pub use self::create::{create, make_overlay};
 pub use self::info::{DiskInfo, Use, info};
-pub use self::resize::{repair, resize};
+pub use self::resize::{look, open_alone, repair, resize};
 
 #[derive(Debug, Error)]
 pub enum ToolError {

@@ -1,9 +1,11 @@
 //! Larger and smaller disks, and mended ones.
 
+use std::fs::File;
 use std::path::Path;
 
 use super::{ToolError, check_size};
 use crate::backend::OpenDirectly;
+use crate::backend::disk::DiskError;
 use crate::backend::disk::file::DiskFile;
 use crate::backend::disk::qcow2::Qcow2;
 use crate::config::{Backing, DiskFormat};
@@ -39,6 +41,24 @@ pub fn resize(path: &Path, size: u64, format: DiskFormat, backing: &[Backing], s
             Ok(image.header.size)
         }
     }
+}
+
+/// Opens a disk for a look, and tells its size in bytes. It may be a running VM's.
+///
+/// # Errors
+/// Where it is no disk.
+pub fn look(path: &Path) -> Result<(File, u64), DiskError> {
+    let (DiskFile { file, size, .. }, _) = DiskFile::look(&OpenDirectly, path)?;
+    Ok((file, size))
+}
+
+/// Opens a disk that nobody else has, to be changed, and tells its size in bytes. Nobody else can have it meanwhile.
+///
+/// # Errors
+/// Where it is no disk, or somebody has it.
+pub fn open_alone(path: &Path) -> Result<(File, u64), DiskError> {
+    let DiskFile { file, size, .. } = DiskFile::open(&OpenDirectly, path, false)?;
+    Ok((file, size))
 }
 
 /// Brings a qcow2 image in order that was not closed cleanly. Returns whether it was in order already.
