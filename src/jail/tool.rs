@@ -10,6 +10,7 @@ use landlock::{
 };
 use rustix::process::{Resource, Rlimit, setrlimit};
 use rustix::thread::{CapabilitySet, CapabilitySets, set_capabilities, set_no_new_privs};
+use seccompiler::{BpfProgram, SeccompAction, SeccompFilter, TargetArch, apply_filter};
 use thiserror::Error;
 
 #[derive(Debug, Error)]
@@ -18,6 +19,10 @@ pub enum ConfineError {
     NoLandlock,
     #[error("Landlock")]
     Landlock(#[from] RulesetError),
+    #[error("the filter of system calls")]
+    Filter(#[source] seccompiler::BackendError),
+    #[error("seccomp")]
+    Seccomp(#[source] seccompiler::Error),
     #[error("cannot {what}")]
     Host { what: &'static str, source: io::Error },
 }
@@ -47,7 +52,50 @@ pub fn confine_to_file(file: BorrowedFd<'_>) -> Result<(), ConfineError> {
     let sets = CapabilitySets { effective: kept, permitted: kept, inheritable: CapabilitySet::empty() };
     set_capabilities(None, sets).map_err(host("take its capabilities away"))?;
     let status = restrict(file)?;
-    if status.ruleset == RulesetStatus::NotEnforced { Err(ConfineError::NoLandlock) } else { Ok(()) }
+    if status.ruleset == RulesetStatus::NotEnforced {
+        return Err(ConfineError::NoLandlock);
+    }
+    refuse_calls()
+}
+
+/// System calls that fail from now on. The first two: resize2fs cuts a file off where it believes that the file system on
+/// it ends, which may be in its midst when there is a partition table before it. The others are of no use to a tool.
+const REFUSED: [libc::c_long; 27] = [
+    libc::SYS_truncate,
+    libc::SYS_ftruncate,
+    libc::SYS_socket,
+    libc::SYS_socketpair,
+    libc::SYS_ptrace,
+    libc::SYS_process_vm_readv,
+    libc::SYS_process_vm_writev,
+    libc::SYS_kill,
+    libc::SYS_mount,
+    libc::SYS_umount2,
+    libc::SYS_unshare,
+    libc::SYS_setns,
+    libc::SYS_bpf,
+    libc::SYS_perf_event_open,
+    libc::SYS_userfaultfd,
+    libc::SYS_io_uring_setup,
+    libc::SYS_keyctl,
+    libc::SYS_add_key,
+    libc::SYS_request_key,
+    libc::SYS_init_module,
+    libc::SYS_finit_module,
+    libc::SYS_kexec_load,
+    libc::SYS_reboot,
+    libc::SYS_open_by_handle_at,
+    libc::SYS_shmget,
+    libc::SYS_msgget,
+    libc::SYS_mq_open,
+];
+
+fn refuse_calls() -> Result<(), ConfineError> {
+    let rules = REFUSED.iter().map(|&call| (call, Vec::new())).collect();
+    let refuse = SeccompAction::Errno(libc::EPERM as u32);
+    let filter = SeccompFilter::new(rules, SeccompAction::Allow, refuse, TargetArch::x86_64);
+    let program: BpfProgram = filter.and_then(TryInto::try_into).map_err(ConfineError::Filter)?;
+    apply_filter(&program).map_err(ConfineError::Seccomp)
 }
 
 fn restrict(file: BorrowedFd<'_>) -> Result<landlock::RestrictionStatus, RulesetError> {
