@@ -15,7 +15,7 @@ use utoipa::openapi::{
 use super::firecracker::Fault;
 use super::v2::{PowerRequest, Problem};
 use crate::config::firecracker as fc;
-use crate::control::{RestoreRequest, SnapshotRequest, SnapshotTimes, views};
+use crate::control::{ResizeRequest, RestoreRequest, SnapshotRequest, SnapshotTimes, views};
 
 type Schemas = Vec<(String, RefOr<Schema>)>;
 
@@ -97,6 +97,12 @@ fn operations() -> Vec<Operation> {
     change("/snapshot/create", Put, "Save a paused VM in two files", of::<fc::SnapshotCreate>());
     change("/snapshot/load", Put, "A VM that was saved in two files", of::<fc::SnapshotLoad>());
     change("/v2/vm/power", Put, "Start, power button, reset, or end", of::<PowerRequest>());
+    change(
+        "/v2/vm/resize",
+        Put,
+        "Another size: CPUs and memory from the next start on, disks at once",
+        of::<ResizeRequest>(),
+    );
     change("/v2/vm/restore", Put, "A VM that was saved in a directory", of::<RestoreRequest>());
     for path in ["/balloon", "/balloon/statistics", "/balloon/hinting/status", "/mmds", "/hotplug/memory"] {
         add(path, Get, "Not supported yet", nothing(), Gives::Nothing);

@@ -20,7 +20,7 @@ use super::vm::create::NamedArgs;
 use super::vm_args::{VmArgs, resolve_kernel};
 use crate::backend::{HostFiles, OpenDirectly};
 use crate::config::{SerialConfig, VmConfig};
-use crate::control::{Identity, Owner};
+use crate::control::{Identity, Keeper, Owner};
 use crate::machine::{End, Machine, MachineError, Parts};
 use crate::observe::{Timeline, init_log};
 
@@ -156,7 +156,7 @@ fn run_to_end(args: RunArgs, timeline: &Arc<Timeline>) -> Result<End, StartError
             _ => MachineError::Host { what: "use the terminal", source },
         })
     };
-    Boot { config: &config, identity, socket, signals, host: &host, timeline }.serve(console, || {})
+    Boot { config: &config, identity, socket, signals, host: &host, timeline, keeper: None }.serve(console, || {})
 }
 
 /// What a VM is booted with.
@@ -167,6 +167,8 @@ pub struct Boot<'a> {
     pub signals: Signals,
     pub host: &'a Arc<dyn HostFiles>,
     pub timeline: &'a Arc<Timeline>,
+    /// Who is told what the VM is to be from its next start on.
+    pub keeper: Option<Keeper>,
 }
 
 impl Boot<'_> {
@@ -184,6 +186,9 @@ impl Boot<'_> {
         let mut console = console()?;
         let mut owner = Owner::new(self.identity, self.host.clone(), self.config.serial.clone(), self.timeline.clone());
         owner.adopt(machine, self.config)?;
+        if let Some(keeper) = self.keeper {
+            owner.keep_size_with(keeper);
+        }
         let api =
             self.socket.map(|socket| socket.serve(owner.view())).transpose().map_err(resources("serve the API"))?;
         started();

@@ -61,6 +61,11 @@ pub enum OverrideError {
     NoNic { name: String, known: Vec<String> },
     #[error("the network card '{0}' is in a user network, which has no tap")]
     NoTap(String),
+    #[error(
+        "'{0}' cannot be changed at a restore: the guest's kernel has counted its CPUs and its memory when it booted, and would \
+         go on with those it had. Boot it with another size: 'tranche resize' of a named VM"
+    )]
+    Shape(String),
 }
 
 fn list(known: &[String]) -> String {
@@ -75,6 +80,7 @@ impl FromStr for Override {
         let (place, value) = text.split_once('=').filter(|(_, value)| !value.is_empty()).ok_or_else(wrong)?;
         match place.split_once('.').filter(|(_, name)| !name.is_empty()) {
             Some(("disk", name)) => Ok(Self::Disk(name.into(), value.into())),
+            None if ["cpus", "memory"].contains(&place) => Err(OverrideError::Shape(place.to_owned())),
             Some(("net", name)) => Ok(Self::Net(name.into(), value.into())),
             _ => Err(wrong()),
         }
@@ -154,6 +160,7 @@ mod tests {
         for text in ["", "disk", "disk=x", "disk.=x", "disk.a=", "nic.a=b", "=", "net.x"] {
             assert_eq!(text.parse::<Override>(), Err(OverrideError::Syntax(text.into())));
         }
+        assert_eq!("cpus=4".parse::<Override>(), Err(OverrideError::Shape("cpus".into())));
         let refused = |text: &str| text.parse::<Override>().unwrap().apply(&mut vm()).unwrap_err().to_string();
         assert_eq!(refused("disk.a=b"), "the saved VM has no disk 'a': it has root.fs");
         assert_eq!(refused("net.a=b"), "the saved VM has no network card 'a': it has net0, net1");

@@ -2,7 +2,7 @@
 
 use crate::config::firecracker as fc;
 
-use super::{Fault, RestoreRequest, SnapshotRequest};
+use super::{Fault, ResizeRequest, RestoreRequest, SnapshotRequest};
 
 /// A request to the owner. Bodies are checked as far as they can be by themselves.
 #[derive(Debug, Clone, PartialEq, Eq)]
@@ -35,6 +35,7 @@ pub enum Call {
     GetVm,
     GetMetrics,
     Power(Power),
+    Resize(ResizeRequest),
     Snapshot(SnapshotRequest),
     Restore(RestoreRequest),
     /// A snapshot in two files.
@@ -103,6 +104,7 @@ impl Call {
             | Self::PutNetwork(_)
             | Self::GetVm
             | Self::GetMetrics
+            | Self::Resize(_)
             | Self::Power(_) => When::Always,
             Self::PutMachineConfig(_)
             | Self::PatchMachineConfig(_)

@@ -55,6 +55,8 @@ pub enum Fault {
     Busy(Work),
     #[error("{0}")]
     Conflict(String),
+    #[error("{0}")]
+    Size(String),
 }
 
 /// What sort of failure it is, for APIs that tell by a status.
@@ -92,7 +94,7 @@ impl Fault {
             }
             Self::Save(SaveError::State(_) | SaveError::Memory(_) | SaveError::Disk { .. })
             | Self::Snapshot(SnapshotError::Write { .. } | SnapshotError::Overlay { .. }) => FaultKind::Host,
-            Self::Snapshot(_) | Self::Override(_) => FaultKind::Invalid,
+            Self::Snapshot(_) | Self::Override(_) | Self::Size(_) => FaultKind::Invalid,
             Self::NoSuch { .. } => FaultKind::NotFound,
             Self::Missing(_) => FaultKind::Missing,
             Self::Machine(error) => match error {

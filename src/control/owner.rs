@@ -6,6 +6,7 @@ use std::sync::Arc;
 use super::latencies::Latencies;
 use super::metrics::{ApiCounts, MetricsFile};
 use super::plan::Plan;
+use super::resize::{Keeper, Size};
 use super::snapshots::Saving;
 use super::view::{Shown, View, Work};
 use super::views;
@@ -82,6 +83,9 @@ pub struct Owner {
     pub(super) overlays: Vec<Overlay>,
     /// A snapshot could not be loaded, after which Firecracker does not go on.
     pub(super) load_failed: bool,
+    /// CPUs and memory from the next start on.
+    pub(super) next_size: Option<Size>,
+    pub(super) keeper: Option<Keeper>,
     metrics: Option<MetricsFile>,
     api: Option<ApiCounts>,
     latencies: Arc<Latencies>,
@@ -110,6 +114,8 @@ impl Owner {
             saving: None,
             overlays: Vec::new(),
             load_failed: false,
+            next_size: None,
+            keeper: None,
             metrics: None,
             api: None,
             latencies: Arc::default(),
@@ -395,6 +401,7 @@ impl Owner {
             Call::PutBootSource(source) => self.plan.put_boot_source(source, &*self.host, &self.identity)?,
             Call::PutDrive(drive) if self.machine.is_some() => self.plug_drive(*drive)?,
             Call::PutDrive(drive) => self.plan.put_drive(*drive, &*self.host)?,
+            Call::Resize(request) => self.resize(&request)?,
             Call::PatchDrive(patch) => self.patch_drive(patch)?,
             Call::DeleteDrive(id) => self.unplug_drive(&id)?,
             Call::PutNetwork(nic) if self.machine.is_some() => self.plug_network(*nic)?,
@@ -434,6 +441,7 @@ impl Owner {
             state: self.state(),
             work: self.work,
             description: self.plan.description.clone(),
+            next_size: self.next_size(),
             devices: self.machine.as_ref().map(|m| m.devices().map(|(id, presence)| (id.clone(), presence)).collect()),
             meters: self.machine.as_ref().map(Machine::meters),
             api: self.api.clone(),

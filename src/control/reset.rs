@@ -2,6 +2,7 @@
 
 use super::owner::Owner;
 use super::{Fault, Work};
+use crate::config::MemorySize;
 use crate::machine::{Machine, Origin, Pause, Remains, State};
 
 impl Owner {
@@ -43,11 +44,13 @@ impl Owner {
 
     fn build_again(&mut self, remains: Remains, origin: Origin, paused: bool) -> Result<(), Fault> {
         self.machine = None;
+        self.take_next_size();
         remains.left.iter().for_each(|device| self.forget(device));
         let config = self.plan.machine_config();
         let (threads, pages) = (config.threads_per_core(), config.memory_pages());
         let (changes, tracks) = (self.plan.cpu_changes()?, config.track_dirty_pages);
-        let parts = remains.into_parts(origin, threads, changes, pages, tracks, &*self.host)?;
+        let mut parts = remains.into_parts(origin, threads, changes, pages, tracks, &*self.host)?;
+        (parts.cpus, parts.memory) = (config.vcpu_count, MemorySize(config.mem_size_mib << 20));
         let mut machine = Machine::build(parts, &*self.host, &self.timeline)?;
         machine.serial().limit(self.plan.serial_limits);
         if paused {

@@ -9,6 +9,7 @@ use std::sync::{Arc, Mutex, PoisonError};
 use super::latencies::Latencies;
 use super::metrics::{self, ApiCounts};
 use super::owner::Identity;
+use super::resize::Size;
 use super::{Answer, Call, views};
 use crate::config::firecracker as fc;
 use crate::machine::{DeviceId, Meters, Presence};
@@ -39,6 +40,8 @@ pub struct Shown {
     pub state: &'static str,
     pub work: Option<Work>,
     pub description: fc::VmDescription,
+    /// What it is to be from its next start on, if that is something else.
+    pub next_size: Option<Size>,
     /// Those of the machine, if there is one.
     pub devices: Option<Vec<(DeviceId, Presence)>>,
     pub meters: Option<Meters>,

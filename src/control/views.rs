@@ -37,7 +37,17 @@ pub struct Vm<'a> {
     transport: &'a str,
     vcpus: u8,
     memory_bytes: u64,
+    /// What it is to be from its next start or reset on.
+    #[serde(skip_serializing_if = "Option::is_none")]
+    pending: Option<Pending>,
     devices: Vec<Device<'a>>,
+}
+
+#[derive(Serialize)]
+#[cfg_attr(test, derive(utoipa::ToSchema))]
+struct Pending {
+    vcpus: u8,
+    memory_bytes: u64,
 }
 
 /// A device of the guest, or of the guest to be.
@@ -115,6 +125,7 @@ pub fn vm(shown: &Shown) -> Answer {
         transport: if identity.transport == Transport::Pci { "pci" } else { "mmio" },
         vcpus: config.vcpu_count,
         memory_bytes: config.mem_size_mib << 20,
+        pending: shown.next_size.map(|size| Pending { vcpus: size.cpus, memory_bytes: size.memory.0 }),
         devices,
     })
 }

@@ -4,10 +4,10 @@ use std::path::Path;
 use std::sync::Arc;
 use std::time::Duration;
 
-use super::error::MachineError;
+use super::error::{MachineError, PlugError};
 use super::events::EventQueue;
 use super::{DeviceId, Machine, Notice};
-use crate::backend::disk::DiskCloser;
+use crate::backend::disk::{DiskCloser, SECTOR};
 use crate::backend::{Disk, HostFiles};
 use crate::config::{DiskConfig, DiskFormat, Image};
 use crate::devices::block::{Change, Rings, Tray};
@@ -89,6 +89,30 @@ impl Machine {
         drive.replace(path, image, host, driver, self.events.clone())?;
         let waited = drive.change.take_if(|change| change.is_done_within(PATIENCE));
         Ok(if waited.is_some() { Replacement::Done } else { Replacement::UnderWay })
+    }
+
+    /// Makes a raw disk's file larger, and tells the guest the new capacity.
+    ///
+    /// # Errors
+    /// When the VM does not run, there is no such disk, it is no file of raw bytes, it would become smaller, or the host
+    /// does not let us.
+    pub fn grow_disk(&mut self, id: &str, bytes: u64, host: &dyn HostFiles) -> Result<Replacement, MachineError> {
+        self.check_started("to replace a disk")?;
+        let (drive, _) = self.devices.drive(id)?;
+        let known = || DeviceId::Disk(id.to_owned());
+        let disk = drive.disk.clone();
+        let Some(file) = disk.raw_file().filter(|_| !disk.read_only()) else {
+            return Err(PlugError::FixedSize(known()).into());
+        };
+        if bytes < disk.bytes() || !bytes.is_multiple_of(SECTOR) {
+            return Err(PlugError::Size { id: known(), bytes: disk.bytes() }.into());
+        }
+        // A block device has the size that it has; a file may be larger by a part of a sector.
+        if bytes > disk.bytes() {
+            rustix::fs::ftruncate(file, bytes)
+                .map_err(|error| MachineError::Host { what: "make the disk's file larger", source: error.into() })?;
+        }
+        self.replace_disk(id, disk.path(), &Image::default(), host)
     }
 
     /// Takes in replacements that took longer.

@@ -77,6 +77,10 @@ pub enum PlugError {
     Leaving(DeviceId),
     #[error("there is no {0}")]
     Unknown(DeviceId),
+    #[error("the {0} is read-only, or no raw disk: it gets another size while its VM is stopped")]
+    FixedSize(DeviceId),
+    #[error("the {id} has {bytes} bytes: while its VM runs it becomes larger, by whole sectors of 512 bytes")]
+    Size { id: DeviceId, bytes: u64 },
 }
 
 /// What is wrong with KVM on this host.

@@ -65,6 +65,7 @@ impl ResizeError {
             Self::ShrinkOther { .. } => "make what is on it smaller first, in the guest, and its partition".into(),
             Self::ShrinkBelowNeed { needed, .. } => format!("remove files from it, or give {needed} and a little more"),
             Self::NoTools(_) => "install e2fsprogs".into(),
+            Self::Table { source: GptError::NoRoom(_), .. } => return None,
             Self::Table { .. } => "'sgdisk --verify' tells more, and 'sgdisk -e' may mend it".into(),
             Self::Tool { .. } => "nothing was cut off; 'e2fsck -f' on a copy of the disk tells more".into(),
             Self::File { source, .. } | Self::Keep { source, .. } if source.kind() == io::ErrorKind::StorageFull => {

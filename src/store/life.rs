@@ -13,7 +13,7 @@ pub struct Life {
     pub pid: u32,
     /// Of the host: none of its processes is left when it is another one.
     pub boot_id: String,
-    /// Seconds since 1970.
+    /// Milliseconds since 1970.
     pub started: u64,
     pub ended: Option<Ended>,
 }
@@ -21,7 +21,7 @@ pub struct Life {
 /// How it ended, if the process could tell.
 #[derive(Debug, Clone, PartialEq, Eq, Serialize, Deserialize)]
 pub struct Ended {
-    /// Seconds since 1970.
+    /// Milliseconds since 1970.
     pub time: u64,
     /// The process's exit code.
     pub code: u8,
@@ -95,7 +95,7 @@ impl Life {
 
 #[must_use]
 pub fn now() -> u64 {
-    SystemTime::now().duration_since(UNIX_EPOCH).map_or(0, |since| since.as_secs())
+    SystemTime::now().duration_since(UNIX_EPOCH).map_or(0, |since| since.as_millis() as u64)
 }
 
 fn boot_id() -> String {

@@ -185,8 +185,8 @@ impl Vm {
                 Ok(()) => break,
                 Err(Errno::WOULDBLOCK) if tries > 0 => std::thread::sleep(Duration::from_millis(5)),
                 Err(Errno::WOULDBLOCK) => {
-                    // Whoever changes its files holds it too, for as long as that takes.
-                    let is_running = self.life().is_some_and(|life| life.ended.is_none()) && self.change().is_ok();
+                    // Whoever changes its files holds it too, and so does a start that has not come far yet.
+                    let is_running = self.process().is_some();
                     let name = self.name.clone();
                     return Err(if is_running { StoreError::Running(name) } else { StoreError::Busy(name) });
                 }

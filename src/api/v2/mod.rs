@@ -67,9 +67,10 @@ enum Route {
 }
 
 /// The paths there are, and what each takes.
-const PATHS: [(&str, &str); 7] = [
+const PATHS: [(&str, &str); 8] = [
     ("/v2/vm", "GET"),
     ("/v2/vm/power", "PUT"),
+    ("/v2/vm/resize", "PUT"),
     ("/v2/vm/restore", "PUT"),
     ("/v2/vm/snapshot", "PUT"),
     ("/v2/events", "GET"),
@@ -94,6 +95,7 @@ fn route(request: &Request) -> Result<Route, Response> {
         "/v2/events" => Route::Events,
         "/v2/metrics" => Route::Call(Call::GetMetrics),
         "/v2/openapi.json" => Route::OpenApi,
+        "/v2/vm/resize" => Route::Call(Call::Resize(parse(request)?)),
         "/v2/vm/restore" => Route::Call(Call::Restore(parse(request)?)),
         "/v2/vm/snapshot" => Route::Call(Call::Snapshot(parse(request)?)),
         _ => Route::Call(Call::Power(parse::<PowerRequest>(request)?.power)),

@@ -8,10 +8,12 @@ use clap::Args;
 
 use super::failure::{Failure, conclude};
 use crate::cli::exit;
+use crate::cli::start_error::StartError;
 use crate::cli::vm_args::VmArgs;
 use crate::config::MacAddress;
 use crate::devices::net::random_mac;
 use crate::kernels::{KernelsError, Library};
+use crate::machine::MachineError;
 use crate::store::{Definition, Store, Vm, is_kernel_name};
 
 /// Make a VM that has a name and outlives its process
@@ -52,6 +54,7 @@ pub fn create(store: &Store, name: &str, vm: VmArgs, named: NamedArgs) -> Result
     definition.ready = named.ready.or(definition.ready);
     find_kernel(&mut definition)?;
     definition.settle(Path::new("")).map_err(Failure::host("tell the current directory"))?;
+    definition.vm.validate().map_err(|error| StartError::from(MachineError::from(error)))?;
     check_files(&definition)?;
     for nic in &mut definition.vm.nics {
         if nic.mac.is_none() {

@@ -1,5 +1,6 @@
 //! `tranche stop`, `kill`, `restart`, `rm` and `rename`.
 
+use std::os::unix::net::UnixStream;
 use std::process::ExitCode;
 use std::time::Duration;
 
@@ -89,6 +90,9 @@ pub struct RenameArgs {
     /// What it is to be called
     new_name: String,
 }
+
+/// How long a VM's process may take to answer.
+const ANSWER_PATIENCE: Duration = Duration::from_secs(5);
 
 /// How long a VM may take to end when its plug is pulled through the API, before its process is killed.
 const KILL_PATIENCE: Duration = Duration::from_secs(5);
@@ -193,8 +197,13 @@ fn power(vm: &Vm, power: &str) -> Result<(), Failure> {
 
 /// Asks a VM's process, and returns its answer.
 pub fn ask(vm: &Vm, method: &str, path: &str, body: Option<&[u8]>) -> Result<serde_json::Value, Failure> {
-    let request = || -> Result<_, ClientError> { Client::connect(&vm.api_socket())?.request(method, path, body) };
-    let answer = request().map_err(Failure::client(vm))?;
+    let socket = UnixStream::connect(vm.api_socket()).and_then(|socket| {
+        socket.set_read_timeout(Some(ANSWER_PATIENCE))?;
+        Ok(socket)
+    });
+    let socket = socket.map_err(|source| ClientError::Connect { path: vm.api_socket(), source });
+    let asked = socket.and_then(|socket| Client::over(socket).request(method, path, body));
+    let answer = asked.map_err(Failure::client(vm))?;
     let value: serde_json::Value = serde_json::from_slice(&answer.body).unwrap_or_default();
     if (200..300).contains(&answer.status) {
         return Ok(value);

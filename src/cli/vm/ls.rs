@@ -99,7 +99,7 @@ impl Row {
             memory_bytes: config.memory.0,
             disks: config.disks.iter().map(|disk| disk.path.display().to_string()).collect(),
             addresses: if is_running { addresses(&config, neighbours) } else { Vec::new() },
-            uptime_seconds: vm.life().filter(|_| is_running).map(|life| now().saturating_sub(life.started)),
+            uptime_seconds: vm.life().filter(|_| is_running).map(|life| now().saturating_sub(life.started) / 1000),
             pending,
         })
     }

@@ -24,7 +24,7 @@ use crate::cli::run::{Boot, LogLevel, resources, tell, what_ended};
 use crate::cli::signals::Signals;
 use crate::cli::start_error::StartError;
 use crate::cli::vm_args::resolve_kernel;
-use crate::control::Identity;
+use crate::control::{Identity, Keeper};
 use crate::machine::{End, MachineError};
 use crate::observe::{Timeline, init_log};
 use crate::resize;
@@ -159,7 +159,21 @@ fn serve(
     let socket = Some(ApiSocket::listen(&vm.api_socket(), &*host)?);
     let identity = Identity { id: vm.name().to_owned(), ..Identity::tranche(config.transport) };
     let console = || Ok::<_, MachineError>(hub.console());
-    Boot { config: &config, identity, socket, signals, host: &host, timeline }.serve(console, started)
+    Boot { config: &config, identity, socket, signals, host: &host, timeline, keeper: Some(keeper(vm.clone())) }
+        .serve(console, started)
+}
+
+/// Has a size that a client asks for through the API be that of the next start.
+fn keeper(vm: Vm) -> Keeper {
+    Box::new(move |size| {
+        let keep = || {
+            let change = vm.change()?;
+            let mut definition = vm.definition()?;
+            (definition.vm.cpus, definition.vm.memory) = (size.cpus, size.memory);
+            vm.define(&change, &definition)
+        };
+        keep().map_err(|error| exit::one_line(&error))
+    })
 }
 
 /// Tells who started this process that the VM runs. What it has to say goes to its log from then on.

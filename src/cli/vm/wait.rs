@@ -135,7 +135,7 @@ struct Search<'a> {
 impl<'a> Search<'a> {
     fn of(text: &'a str, vm: &Vm, started: u64) -> Result<Self, Failure> {
         let log = LogReader::open(&vm.console_log()).map_err(Failure::host("read the console's log"))?;
-        let since = crate::observe::rfc3339(std::time::UNIX_EPOCH + Duration::from_secs(started));
+        let since = crate::observe::rfc3339(std::time::UNIX_EPOCH + Duration::from_millis(started));
         Ok(Self { text: text.as_bytes(), log, since, tail: Vec::new(), counts: false, found: text.is_empty() })
     }
 

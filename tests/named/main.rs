@@ -1,0 +1,14 @@
+//! Named VMs, as a user meets them, with bare-metal guests on whatever `/dev/kvm` this machine has.
+
+#[path = "../support/mod.rs"]
+mod support;
+
+#[path = "../native/pty.rs"]
+mod pty;
+
+mod console;
+mod home;
+mod killed;
+mod life;
+mod resize;
+mod services;

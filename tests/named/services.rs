@@ -1,0 +1,1 @@
+//! What other programs of the host have of it: service managers, shells.
