@@ -15,6 +15,7 @@ mod generation;
 mod guest;
 mod hotplug;
 mod mmio;
+mod named;
 mod net;
 mod pause;
 mod qcow2;

@@ -4,6 +4,7 @@
 mod support;
 
 #[path = "../native/pty.rs"]
+#[expect(dead_code, reason = "other tests use more of it")]
 mod pty;
 
 mod console;
