@@ -12,7 +12,7 @@ SCRIPTS := $(shell grep -lE '^\#!/bin/(ba)?sh' .ci/run $$(find tests resources f
            resources/linux/initrd-init tests/lab/init
 
 .DEFAULT_GOAL := help
-.PHONY: help run test lint bench soak install manual clean release setup guest clients small-kernel
+.PHONY: help run test lint bench soak install deb manual clean release setup guest clients small-kernel
 
 help: ## say what there is
 	@awk -F ':.*## ' '/^[a-z-]+:.*## / { printf "  make %-12s %s\n", $$1, $$2 }' $(MAKEFILE_LIST)
@@ -48,12 +48,19 @@ soak: release setup guest ## run guests for long
 manual: ## write man pages and shell completions to target/manual
 	$(CARGO) run --quiet --example manual target/manual
 
-install: release manual ## install program, man pages and completions below $(DESTDIR)$(PREFIX)
+install: release manual ## install program, man pages, completions and systemd units below $(DESTDIR)$(PREFIX)
 	install -D -m 755 $(RELEASE) $(DESTDIR)$(PREFIX)/bin/tranche
 	install -D -m 644 -t $(DESTDIR)$(PREFIX)/share/man/man1 target/manual/man1/*.1
 	install -D -m 644 -t $(DESTDIR)$(PREFIX)/share/bash-completion/completions target/manual/bash/tranche
 	install -D -m 644 -t $(DESTDIR)$(PREFIX)/share/zsh/site-functions target/manual/zsh/_tranche
 	install -D -m 644 -t $(DESTDIR)$(PREFIX)/share/fish/vendor_completions.d target/manual/fish/tranche.fish
+	sed 's|/usr/bin/|$(PREFIX)/bin/|' resources/systemd/tranche@.service > target/manual/tranche@.service
+	install -D -m 644 -t $(DESTDIR)$(PREFIX)/lib/systemd/system target/manual/tranche@.service
+	install -D -m 644 -t $(DESTDIR)$(PREFIX)/lib/systemd/user target/manual/tranche@.service
+
+deb: release manual ## make a Debian package in target/debian (with cargo-deb)
+	@command -v cargo-deb > /dev/null || { echo "cargo-deb is not installed: cargo install cargo-deb" >&2; exit 1; }
+	cargo-deb --no-build --no-strip --target $(TARGET) --output target/debian/
 
 clean: ## remove everything that was built (downloads stay in ~/.cache/tranche)
 	$(CARGO) clean

@@ -29,6 +29,7 @@ pub enum Exit {
     KvmPermission = 11,
     KvmCapability = 12,
     NoHugePages = 13,
+    NoMemoryPolicy = 14,
     KernelUnreadable = 20,
     NotAKernel = 21,
     KernelDamaged = 22,
@@ -70,13 +71,14 @@ pub enum Exit {
     TimedOut = 96,
     NotResized = 97,
     RolledBack = 98,
+    HostUnfit = 99,
 }
 
 pub const HELP: &str = "\
 Exit status: 0 the guest powered off, 3 it reset, 4 its kernel panicked, 5 it was stopped from outside,
-6 a vCPU could not go on, 7 who gave its memory has ended; 1 an internal error, 2 wrong usage, 10 to 12 KVM, 13 huge pages, 20 to 26 kernel, initrd and
+6 a vCPU could not go on, 7 who gave its memory has ended; 1 an internal error, 2 wrong usage, 10 to 12 KVM, 13 and 14 memory, 20 to 26 kernel, initrd and
 command line, 30 to 35 disks, 40 to 42 taps and vhost, 50 the serial port, 60 to 65 imported kernels,
-70 to 73 the API and descriptions of VMs, 80 to 83 snapshots, 90 to 98 named VMs.
+70 to 73 the API and descriptions of VMs, 80 to 83 snapshots, 90 to 98 named VMs, 99 a host that lacks something.
 See docs/exit-codes.md.";
 
 impl From<&End> for Exit {
@@ -147,6 +149,12 @@ fn judge(error: &MachineError) -> (Exit, Option<String>) {
         | MachineError::Memory(MemoryError::FileSize { .. } | MemoryError::File(_)) => {
             (Exit::SnapshotDamaged, hint("put its files back as they were: sizes and shapes cannot be changed"))
         }
+        MachineError::Memory(MemoryError::Policy { .. }) => (
+            Exit::NoMemoryPolicy,
+            hint(
+                "to lock it, raise 'ulimit -l' (RLIMIT_MEMLOCK); to fill it in advance, give no more than the host has",
+            ),
+        ),
         MachineError::Memory(_) => (Exit::Internal, hint("give less --memory")),
         MachineError::Host { .. } => {
             (Exit::Internal, hint("look at the limits of open files and threads ('ulimit -a')"))
@@ -198,6 +206,12 @@ fn judge_boot(error: &BootError) -> (Exit, Option<String>) {
         BootError::GuestMemory(_) => return (Exit::Internal, None),
     };
     (exit, Some(hint.to_owned()))
+}
+
+/// What a user can do about a host's KVM.
+pub fn kvm_hint(error: KvmError) -> (String, Option<String>) {
+    let error = MachineError::Kvm(error);
+    (one_line(&error), judge(&error).1)
 }
 
 /// Prints why a machine could not be built, and tells the exit code.

@@ -6,6 +6,7 @@ mod clone;
 mod confined;
 mod console;
 mod disk;
+mod doctor;
 mod escape;
 mod exit;
 pub mod firecracker;
@@ -57,6 +58,9 @@ enum Verb {
     Logs(vm::logs::LogsArgs),
     Wait(vm::wait::WaitArgs),
     Events(vm::events::EventsArgs),
+    Stats(vm::stats::StatsArgs),
+    Top(vm::stats::TopArgs),
+    Doctor(doctor::DoctorArgs),
     Vmm(vmm::VmmArgs),
     Api(api::ApiArgs),
     /// Pause a VM: its vCPUs stop where they are
@@ -119,6 +123,9 @@ pub fn main(start: Instant) -> ExitCode {
         Verb::Logs(args) => vm::logs::run(&args),
         Verb::Wait(args) => vm::wait::run(&args),
         Verb::Events(args) => vm::events::run(&args),
+        Verb::Stats(args) => vm::stats::stats(&args),
+        Verb::Top(args) => vm::stats::top(&args),
+        Verb::Doctor(args) => doctor::run(&args),
         Verb::Vmm(args) => vmm::run(&args, start),
         Verb::Api(args) => api::api(&args),
         Verb::Pause(args) => api::pause(&args),

@@ -7,8 +7,8 @@ use clap::Args;
 
 use super::start_error::StartError;
 use crate::config::{
-    CpuShape, DEFAULT_MEMORY, DiskConfig, EntropyConfig, MemoryPages, MemoryShape, NetConfig, SerialConfig, Transport,
-    VmConfig,
+    CpuShape, DEFAULT_MEMORY, DiskConfig, EntropyConfig, MemoryPages, MemoryPolicyArg, MemoryShape, NetConfig,
+    SerialConfig, Transport, VmConfig,
 };
 use crate::kernels::{KernelsError, Library};
 use crate::store::{Definition, DefinitionError, is_kernel_name};
@@ -44,6 +44,11 @@ pub struct VmArgs {
     #[arg(long, value_name = "SIZE[,hugepages=on|off]", default_value_t = MemoryShape { size: DEFAULT_MEMORY, pages: MemoryPages::Transparent })]
     memory: MemoryShape,
 
+    /// What the host does with it, besides: huge pages as above, pages that VMs may share (KSM), all of it there before the start,
+    /// or that and never swapped
+    #[arg(long, value_name = "hugepages|mergeable|prefault|locked[,...]")]
+    memory_policy: Option<MemoryPolicyArg>,
+
     /// Network card; may be repeated. In a network of its own, without rights (through passt): user[,forward=tcp|udp:HOSTPORT:GUESTPORT]...
     /// [,host=on|off]. On an existing tap: tap=NAME[,queues=N][,vhost=on|off]. Either takes mac=ADDRESS, mtu=BYTES, and limits as of a
     /// disk each way: rx-bandwidth, rx-ops, tx-bandwidth, tx-ops
@@ -56,7 +61,7 @@ pub struct VmArgs {
 
     /// Take it all from the file of a definition instead, such as 'tranche inspect --definition NAME' prints; paths in it begin at its directory
     #[arg(long, value_name = "FILE", conflicts_with_all = [
-        "kernel", "initrd", "cmdline", "rootfs", "disk", "cpus", "memory", "net", "transport",
+        "kernel", "initrd", "cmdline", "rootfs", "disk", "cpus", "memory", "memory_policy", "net", "transport",
     ])]
     config: Option<PathBuf>,
 }
@@ -76,6 +81,7 @@ impl VmArgs {
             };
             return read().map_err(|source| StartError::Description { path, source: Box::new(source) });
         }
+        let policy = self.memory_policy.unwrap_or_default();
         let root = self.rootfs.map(|disk| DiskConfig { root: true, ..disk });
         Ok(Definition::new(VmConfig {
             // clap has seen to it that there is one.
@@ -85,7 +91,8 @@ impl VmArgs {
             cpus: self.cpus.count,
             threads_per_core: self.cpus.threads_per_core,
             memory: self.memory.size,
-            memory_pages: self.memory.pages,
+            memory_pages: if policy.huge_pages { MemoryPages::Huge } else { self.memory.pages },
+            memory_policy: policy.policy,
             disks: root.into_iter().chain(self.disk).collect(),
             nics: self.net,
             entropy: Some(EntropyConfig::default()),

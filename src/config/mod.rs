@@ -19,7 +19,7 @@ use thiserror::Error;
 pub use cpu::{BitChange, CpuChanges, CpuidChange, CpuidRegister, MsrChange};
 pub use limits::{RateLimits, TokenBucket};
 pub use saved::{Override, OverrideError, SavedDisk, SavedNic, SavedVm};
-pub use shape::{CpuShape, MemoryPages, MemoryShape, check_threads};
+pub use shape::{CpuShape, MemoryPages, MemoryPolicy, MemoryPolicyArg, MemoryShape, check_threads};
 pub use units::{MacAddress, MemorySize};
 
 /// Most vCPUs a VM can have.
@@ -93,6 +93,8 @@ pub enum ConfigError {
     MemoryUnit(u64),
     #[error("memory in huge pages has to be a multiple of 2 MiB: {0} is not")]
     HugeMemoryUnit(MemorySize),
+    #[error("huge pages cannot be mergeable: the host shares small ones only (KSM)")]
+    MergeableHugePages,
     #[error("{0} devices are too many: {MAX_DEVICES} at most")]
     TooManyDevices(usize),
 }
@@ -114,6 +116,8 @@ pub struct VmConfig {
     pub memory: MemorySize,
     #[serde(default)]
     pub memory_pages: MemoryPages,
+    #[serde(default)]
+    pub memory_policy: MemoryPolicy,
     /// The first one is the root disk if it says so.
     #[serde(default)]
     pub disks: Vec<DiskConfig>,
@@ -339,6 +343,9 @@ impl VmConfig {
         check_size(self.cpus, self.memory, self.devices())?;
         check_threads(self.cpus, self.threads_per_core)?;
         self.memory_pages.check(self.memory)?;
+        if self.memory_pages == MemoryPages::Huge && self.memory_policy.mergeable {
+            return Err(ConfigError::MergeableHugePages);
+        }
         if let Some(id) = repeated(self.disks.iter().filter_map(|d| d.id.as_ref())) {
             return Err(ConfigError::RepeatedDiskId(id.clone()));
         }
@@ -438,6 +445,7 @@ mod tests {
             threads_per_core: 1,
             memory: MemorySize(128 << 20),
             memory_pages: MemoryPages::default(),
+            memory_policy: MemoryPolicy::default(),
             disks: Vec::new(),
             nics: Vec::new(),
             entropy: Some(EntropyConfig::default()),

@@ -26,6 +26,50 @@ pub enum MemoryPages {
     Huge,
 }
 
+/// What the host is to do with guest memory beyond holding it.
+#[derive(Debug, Clone, Copy, PartialEq, Eq, Default, Serialize, Deserialize)]
+#[serde(rename_all = "kebab-case", default, deny_unknown_fields)]
+pub struct MemoryPolicy {
+    /// Pages of the same content may be shared between VMs (KSM).
+    pub mergeable: bool,
+    /// All of it is there before the guest starts.
+    pub prefault: bool,
+    /// It is never swapped, and all there before the guest starts.
+    pub locked: bool,
+}
+
+/// The same, and the pages it is made of, as the command line has them.
+#[derive(Debug, Clone, Copy, PartialEq, Eq, Default)]
+pub struct MemoryPolicyArg {
+    pub policy: MemoryPolicy,
+    pub huge_pages: bool,
+}
+
+impl FromStr for MemoryPolicyArg {
+    type Err = ConfigError;
+
+    /// `hugepages`, `mergeable`, `prefault`, `locked`, or several of them with commas between.
+    fn from_str(text: &str) -> Result<Self, ConfigError> {
+        let mut arg = Self::default();
+        for word in text.split(',') {
+            let flag = match word {
+                "hugepages" => &mut arg.huge_pages,
+                "mergeable" => &mut arg.policy.mergeable,
+                "prefault" => &mut arg.policy.prefault,
+                "locked" => &mut arg.policy.locked,
+                _ => {
+                    let takes = "hugepages, mergeable, prefault and locked";
+                    return Err(ConfigError::OptionValue { key: "memory-policy", value: word.into(), takes });
+                }
+            };
+            if std::mem::replace(flag, true) {
+                return Err(ConfigError::RepeatedOption(word.into()));
+            }
+        }
+        Ok(arg)
+    }
+}
+
 /// Memory, and what pages it is made of.
 #[derive(Debug, Clone, Copy, PartialEq, Eq)]
 pub struct MemoryShape {
@@ -135,10 +179,21 @@ mod tests {
         }
     }
 
+    #[test]
+    fn policies_as_people_write_them() {
+        let policy = MemoryPolicy { mergeable: true, locked: true, prefault: false };
+        assert_eq!("mergeable,locked".parse(), Ok(MemoryPolicyArg { policy, huge_pages: false }));
+        let huge = MemoryPolicyArg { huge_pages: true, ..MemoryPolicyArg::default() };
+        assert_eq!("hugepages".parse(), Ok(huge));
+        for text in ["", "locked,", "locked,locked", "swap"] {
+            assert!(text.parse::<MemoryPolicyArg>().is_err(), "{text}");
+        }
+    }
+
     proptest! {
         #[test]
         fn nothing_panics(text: String) {
-            let _ = (text.parse::<CpuShape>(), text.parse::<MemoryShape>());
+            let _ = (text.parse::<MemoryPolicyArg>(), text.parse::<CpuShape>(), text.parse::<MemoryShape>());
         }
     }
 }

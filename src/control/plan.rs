@@ -9,8 +9,8 @@ use crate::backend::{HostFile, HostFiles};
 use crate::boot::BootFile;
 use crate::config::firecracker as fc;
 use crate::config::{
-    CacheMode, CpuChanges, DiskConfig, EntropyConfig, IoEngine, MemoryPages, MemorySize, NetBackend, NetConfig,
-    RateLimits, SavedVm, SerialConfig, Transport, VmConfig,
+    CacheMode, CpuChanges, DiskConfig, EntropyConfig, IoEngine, MemoryPages, MemoryPolicy, MemorySize, NetBackend,
+    NetConfig, RateLimits, SavedVm, SerialConfig, Transport, VmConfig,
 };
 use crate::machine::{MachineError, OpenDisk, OpenNic, Origin, Parts, SerialSetup, open_initrd, open_kernel};
 use crate::platform::serial::SerialOutput;
@@ -306,6 +306,7 @@ impl Plan {
             cpu_changes: self.cpu_changes()?,
             memory: MemorySize(machine.mem_size_mib << 20),
             memory_pages: machine.memory_pages(),
+            memory_policy: MemoryPolicy::default(),
             track_writes: machine.track_dirty_pages,
             disks,
             nics,

@@ -2,4 +2,4 @@
 
 mod tool;
 
-pub use self::tool::{ConfineError, confine_to_file};
+pub use self::tool::{ConfineError, confine_to_file, landlock_version};

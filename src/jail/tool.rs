@@ -35,6 +35,16 @@ const MEMORY: u64 = 4 << 30;
 /// Most time of a CPU, in seconds.
 const CPU_TIME: u64 = 600;
 
+/// The version of Landlock that the host's kernel has; none without.
+#[must_use]
+#[expect(unsafe_code, reason = "a system call that nobody has wrapped")]
+pub fn landlock_version() -> Option<u32> {
+    const VERSION: libc::c_ulong = 1;
+    // SAFETY: without attributes, and with this flag, the call only tells a number.
+    let version = unsafe { libc::syscall(libc::SYS_landlock_create_ruleset, std::ptr::null::<u8>(), 0usize, VERSION) };
+    u32::try_from(version).ok().filter(|&version| version > 0)
+}
+
 /// Takes everything away from this process but `file`, which stays open, and what programs are made of.
 ///
 /// # Errors

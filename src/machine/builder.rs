@@ -48,7 +48,7 @@ impl Machine {
         parts.memory_pages.check(memory)?;
         let topology = Topology { cpus, threads_per_core: parts.threads_per_core };
         let changes = parts.cpu_changes;
-        let logs_writes = parts.track_writes;
+        let (logs_writes, memory_policy) = (parts.track_writes, parts.memory_policy);
         let Parts { origin, disks, nics, entropy, serial, transport, vcpu_thread, .. } = parts;
         let kvm = open_kvm(host, cpus, &changes)?;
         let vm = Arc::new(create_vm(&kvm).map_err(KvmError::call("create a VM"))?);
@@ -61,6 +61,7 @@ impl Machine {
             (Origin::Saved { memory: SavedMemory::File(file), .. }, _) => memory::saved::map(file, &ranges)?,
             (Origin::Saved { memory: SavedMemory::Pager(_), .. }, _) => memory::small_pages(&ranges)?,
         };
+        memory::policy::apply(&ram, memory_policy)?;
         map_memory(&vm, &ram, logs_writes)?;
         timeline.mark(Milestone::MemoryMapped);
 
@@ -121,6 +122,7 @@ impl Machine {
         let mut machine = Self {
             state: State::Built,
             vcpu_thread,
+            memory_policy,
             vcpus: Vcpus::new(vcpus),
             board,
             event_device,
@@ -164,6 +166,14 @@ const CAPABILITIES: [(Cap, &str); 8] = [
     (Cap::ExtCpuid, "CPUID (KVM_CAP_EXT_CPUID)"),
     (Cap::ImmediateExit, "immediate exits (KVM_CAP_IMMEDIATE_EXIT)"),
 ];
+
+/// Is there a KVM that can be what a VM needs? Tells how many vCPUs a VM can have at most.
+///
+/// # Errors
+/// What is wrong with it.
+pub fn look_at_kvm(host: &dyn HostFiles) -> Result<usize, KvmError> {
+    open_kvm(host, 1, &CpuChanges::default()).map(|kvm| kvm.get_max_vcpus())
+}
 
 fn open_kvm(host: &dyn HostFiles, cpus: u8, changes: &CpuChanges) -> Result<Kvm, KvmError> {
     let file = host.open(&HostFile::Kvm).map_err(|error| match error.kind() {

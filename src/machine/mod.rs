@@ -25,6 +25,7 @@ use std::time::Duration;
 
 use kvm_ioctls::{Kvm, VmFd};
 
+pub use self::builder::look_at_kvm;
 pub use self::devices::{DeviceBusy, DeviceId, DevicesStateV1, Presence, RestoreError};
 pub use self::drive::Replacement;
 pub use self::error::{KvmError, MachineError, PlugError};
@@ -42,7 +43,7 @@ use self::events::EventQueue;
 use self::lifecycle::Request;
 use self::limits::Limits;
 use self::pager::Pager;
-use crate::config::Transport;
+use crate::config::{MemoryPolicy, Transport};
 use crate::cpu::{ExitHandler, Vcpus};
 use crate::memory::Ram;
 use crate::platform::events::EventDevice;
@@ -74,6 +75,7 @@ pub enum Notice {
 pub struct Machine {
     state: State,
     vcpu_thread: &'static str,
+    memory_policy: MemoryPolicy,
     // Dropped first: no vCPU runs while the devices go.
     vcpus: Vcpus,
     board: Arc<Board>,

@@ -17,8 +17,8 @@ use crate::backend::vhost::VhostNet;
 use crate::backend::{HostFile, HostFiles, Limiter};
 use crate::boot::{BootError, BootFile};
 use crate::config::{
-    CpuChanges, DiskConfig, EntropyConfig, MAX_USER_MTU, MacAddress, MemoryPages, MemorySize, NetBackend, NetConfig,
-    OpenFile, SavedDisk, SavedNic, SavedVm, SerialConfig, Transport, VmConfig,
+    CpuChanges, DiskConfig, EntropyConfig, MAX_USER_MTU, MacAddress, MemoryPages, MemoryPolicy, MemorySize, NetBackend,
+    NetConfig, OpenFile, SavedDisk, SavedNic, SavedVm, SerialConfig, Transport, VmConfig,
 };
 use crate::devices::block::{BlockDevice, BlockOptions, Rings};
 use crate::devices::net::{NetLimiters, NetOptions, NetShapeV1};
@@ -34,6 +34,7 @@ pub struct Parts {
     pub cpu_changes: CpuChanges,
     pub memory: MemorySize,
     pub memory_pages: MemoryPages,
+    pub memory_policy: MemoryPolicy,
     /// Is account kept of the pages that are written?
     pub track_writes: bool,
     /// Guests number disks, then network cards, in this order.
@@ -91,6 +92,7 @@ impl Parts {
             cpu_changes: CpuChanges::default(),
             memory: config.memory,
             memory_pages: config.memory_pages,
+            memory_policy: config.memory_policy,
             track_writes: false,
             disks,
             nics,
@@ -129,6 +131,7 @@ impl Parts {
             cpu_changes: CpuChanges::default(),
             memory: config.memory,
             memory_pages: MemoryPages::Transparent,
+            memory_policy: MemoryPolicy::default(),
             track_writes: false,
             disks,
             nics,

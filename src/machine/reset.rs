@@ -9,7 +9,7 @@ use super::lifecycle::State;
 use super::parts::{OpenDisk, OpenNic, Origin, Parts, SerialSetup};
 use super::save::{AtRest, DRAIN_PATIENCE};
 use crate::backend::HostFiles;
-use crate::config::{CpuChanges, MemoryPages, SavedVm};
+use crate::config::{CpuChanges, MemoryPages, MemoryPolicy, SavedVm};
 
 /// What stays when a machine goes: its shape, its disks, which are still open and locked, and the output of its serial
 /// port.
@@ -18,6 +18,7 @@ pub struct Remains {
     disks: Vec<OpenDisk>,
     serial: SerialSetup,
     vcpu_thread: &'static str,
+    memory_policy: MemoryPolicy,
     /// What the guest was to let go of: it has, now.
     pub left: Vec<DeviceId>,
 }
@@ -54,7 +55,7 @@ impl Machine {
             disks.push(OpenDisk::of_open(&disk.name, &disk.config, drive.disk.clone(), host)?);
         }
         let serial = SerialSetup(self.serial.disconnect());
-        Ok(Remains { config, disks, serial, vcpu_thread: self.vcpu_thread, left })
+        Ok(Remains { config, disks, serial, vcpu_thread: self.vcpu_thread, memory_policy: self.memory_policy, left })
     }
 
     /// Starts all vCPUs, which wait to be resumed.
@@ -81,7 +82,7 @@ impl Remains {
         track_writes: bool,
         host: &dyn HostFiles,
     ) -> Result<Parts, MachineError> {
-        let Self { config, disks, serial, vcpu_thread, .. } = self;
+        let Self { config, disks, serial, vcpu_thread, memory_policy, .. } = self;
         let nics = config.nics.iter().map(|nic| OpenNic::open(&nic.name, &nic.config, host));
         Ok(Parts {
             origin,
@@ -90,6 +91,7 @@ impl Remains {
             cpu_changes,
             memory: config.memory,
             memory_pages,
+            memory_policy,
             track_writes,
             disks,
             nics: nics.collect::<Result<_, _>>()?,

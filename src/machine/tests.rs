@@ -61,6 +61,7 @@ fn parts(guest: &[u8], cpus: u8) -> Parts {
         entropy: None,
         serial: SerialSetup(SerialOutput::Null),
         transport: Transport::Pci,
+        memory_policy: crate::config::MemoryPolicy::default(),
         vcpu_thread: "vcpu",
     }
 }

@@ -3,6 +3,7 @@
 mod dirty;
 mod huge;
 mod iobuf;
+pub mod policy;
 pub mod saved;
 mod startup;
 pub mod userfault;
@@ -44,6 +45,8 @@ pub enum MemoryError {
     Layout,
     #[error("the file of the saved memory has {len} bytes where the VM has {wanted}")]
     FileSize { wanted: u64, len: u64 },
+    #[error("the host does not {what}")]
+    Policy { what: &'static str, source: std::io::Error },
     #[error("cannot use the file of the saved memory")]
     File(#[source] std::io::Error),
 }

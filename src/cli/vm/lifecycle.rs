@@ -10,7 +10,7 @@ use serde_json::json;
 
 use super::failure::{Failure, conclude};
 use super::start::start_in_background;
-use crate::api::client::{Client, ClientError};
+use crate::api::client::{Answer, Client, ClientError};
 use crate::cli::exit;
 use crate::cli::run::LogLevel;
 use crate::store::{Store, StoreError, Vm};
@@ -197,17 +197,26 @@ fn power(vm: &Vm, power: &str) -> Result<(), Failure> {
 
 /// Asks a VM's process, and returns its answer.
 pub fn ask(vm: &Vm, method: &str, path: &str, body: Option<&[u8]>) -> Result<serde_json::Value, Failure> {
-    let socket = UnixStream::connect(vm.api_socket()).and_then(|socket| {
-        socket.set_read_timeout(Some(ANSWER_PATIENCE))?;
-        Ok(socket)
-    });
-    let socket = socket.map_err(|source| ClientError::Connect { path: vm.api_socket(), source });
-    let asked = socket.and_then(|socket| Client::over(socket).request(method, path, body));
-    let answer = asked.map_err(Failure::client(vm))?;
+    let answer = exchange(vm, method, path, body)?;
     let value: serde_json::Value = serde_json::from_slice(&answer.body).unwrap_or_default();
     if (200..300).contains(&answer.status) {
         return Ok(value);
     }
     let text = value["detail"].as_str().or(value["title"].as_str()).unwrap_or("it does not say why").to_owned();
     Err(Failure::Refused { name: vm.name().to_owned(), text })
+}
+
+/// Asks for a text.
+pub fn ask_text(vm: &Vm, path: &str) -> Result<String, Failure> {
+    exchange(vm, "GET", path, None).map(|answer| String::from_utf8_lossy(&answer.body).into_owned())
+}
+
+fn exchange(vm: &Vm, method: &str, path: &str, body: Option<&[u8]>) -> Result<Answer, Failure> {
+    let socket = UnixStream::connect(vm.api_socket()).and_then(|socket| {
+        socket.set_read_timeout(Some(ANSWER_PATIENCE))?;
+        Ok(socket)
+    });
+    let socket = socket.map_err(|source| ClientError::Connect { path: vm.api_socket(), source });
+    let asked = socket.and_then(|socket| Client::over(socket).request(method, path, body));
+    asked.map_err(Failure::client(vm))
 }

@@ -11,6 +11,7 @@ pub mod logs;
 pub mod ls;
 pub mod resize;
 pub mod start;
+pub mod stats;
 mod target;
 pub mod wait;
 
