@@ -45,7 +45,7 @@ pub fn apply(ram: &RamRegions, policy: MemoryPolicy) -> Result<(), MemoryError> 
 #[cfg(test)]
 mod tests {
     use super::*;
-    use crate::memory::anonymous;
+    use crate::memory::small_pages;
     use vm_memory::GuestAddress;
 
     /// What the host says of the mapping of these bytes.
@@ -60,7 +60,7 @@ mod tests {
     fn the_host_does_as_it_is_told() {
         let size = 8 << 20;
         let of = |policy| {
-            let ram = anonymous(&[(GuestAddress(0), size)]).unwrap();
+            let ram = small_pages(&[(GuestAddress(0), size)]).unwrap();
             apply(&ram, policy).unwrap();
             let at = ram.iter().next().unwrap().as_ptr();
             (mapping(at, "Rss:"), mapping(at, "Locked:"), mapping(at, "VmFlags:"), ram)
@@ -73,7 +73,7 @@ mod tests {
             let (rss, _, flags, _ram) = of(MemoryPolicy { locked: true, ..MemoryPolicy::default() });
             assert!(rss == "8192 kB" && flags.split(' ').any(|flag| flag == "lo"), "{rss} {flags}");
         }
-        let ram = anonymous(&[(GuestAddress(0), size)]).unwrap();
+        let ram = small_pages(&[(GuestAddress(0), size)]).unwrap();
         match apply(&ram, MemoryPolicy { mergeable: true, ..MemoryPolicy::default() }) {
             Ok(()) => assert!(mapping(ram.iter().next().unwrap().as_ptr(), "VmFlags:").contains("mg")),
             // A kernel without KSM.
