@@ -48,11 +48,15 @@ mod tests {
     use crate::memory::small_pages;
     use vm_memory::GuestAddress;
 
-    /// What the host says of the mapping of these bytes.
+    /// What the host says of the mapping of these bytes, or of the one they have become a part of.
     fn mapping(at: *mut u8, field: &str) -> String {
         let maps = std::fs::read_to_string("/proc/self/smaps").unwrap();
-        let start = format!("{:x}-", at as usize);
-        let mut lines = maps.lines().skip_while(|line| !line.starts_with(&start));
+        let is_it = |line: &str| {
+            let (start, end) = line.split(' ').next()?.split_once('-')?;
+            let [start, end] = [start, end].map(|end| usize::from_str_radix(end, 16));
+            Some((start.ok()?..end.ok()?).contains(&(at as usize)))
+        };
+        let mut lines = maps.lines().skip_while(|line| is_it(line) != Some(true));
         lines.find_map(|line| line.strip_prefix(field)).unwrap().trim().to_owned()
     }
 
@@ -61,23 +65,21 @@ mod tests {
         let size = 8 << 20;
         let of = |policy| {
             let ram = small_pages(&[(GuestAddress(0), size)]).unwrap();
-            apply(&ram, policy).unwrap();
+            let applied = apply(&ram, policy);
             let at = ram.iter().next().unwrap().as_ptr();
-            (mapping(at, "Rss:"), mapping(at, "Locked:"), mapping(at, "VmFlags:"), ram)
+            let resident: u64 = mapping(at, "Rss:").strip_suffix(" kB").unwrap().parse().unwrap();
+            let flags = mapping(at, "VmFlags:");
+            let has = |flag: &str| flags.split(' ').any(|known| known == flag);
+            (applied, resident >= 8192, has("lo"), has("mg"))
         };
-        let (rss, locked, flags, _ram) = of(MemoryPolicy::default());
-        assert_eq!((&*rss, &*locked, flags.contains("mg")), ("0 kB", "0 kB", false));
-        let (rss, locked, ..) = of(MemoryPolicy { prefault: true, ..MemoryPolicy::default() });
-        assert_eq!((&*rss, &*locked), ("8192 kB", "0 kB"));
-        if rustix::process::geteuid().is_root() {
-            let (rss, _, flags, _ram) = of(MemoryPolicy { locked: true, ..MemoryPolicy::default() });
-            assert!(rss == "8192 kB" && flags.split(' ').any(|flag| flag == "lo"), "{rss} {flags}");
-        }
-        let ram = small_pages(&[(GuestAddress(0), size)]).unwrap();
-        match apply(&ram, MemoryPolicy { mergeable: true, ..MemoryPolicy::default() }) {
-            Ok(()) => assert!(mapping(ram.iter().next().unwrap().as_ptr(), "VmFlags:").contains("mg")),
-            // A kernel without KSM.
-            Err(error) => assert!(matches!(error, MemoryError::Policy { .. }), "{error}"),
-        }
+        let (_, resident, locked, mergeable) = of(MemoryPolicy::default());
+        assert_eq!([resident, locked, mergeable], [false; 3]);
+        assert!(of(MemoryPolicy { prefault: true, ..MemoryPolicy::default() }).1);
+        let (applied, resident, locked, _) = of(MemoryPolicy { locked: true, ..MemoryPolicy::default() });
+        // A user may lock as much as an administrator says, and hears it if that is less.
+        assert_eq!([resident, locked], [applied.is_ok(); 2]);
+        // A kernel may be without KSM.
+        let (applied, _, _, mergeable) = of(MemoryPolicy { mergeable: true, ..MemoryPolicy::default() });
+        assert_eq!(mergeable, applied.is_ok());
     }
 }
