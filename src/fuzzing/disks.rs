@@ -13,6 +13,7 @@ use crate::config::{Backing, DiskFormat, Image};
 use crate::guest_init::cmdline::{Options, Root};
 use crate::guest_init::{partitions, superblock};
 use crate::memory::{IoBuf, anonymous};
+use crate::resize::layout::Layout;
 
 /// Bits of the first byte of an image's input.
 pub mod image {
@@ -100,4 +101,33 @@ pub fn root(input: &[u8]) {
     if let Some(found) = superblock::probe(&start) {
         assert!(found.uuid.is_none_or(|uuid| uuid.len() == 36));
     }
+}
+
+/// What is on a disk that is to get another size: the input is the disk, whose partition table has its checksums mended, as
+/// nobody finds them by chance.
+pub fn layout(input: &[u8]) {
+    let mut bytes = input.to_vec();
+    let _ = mend_table(&mut bytes);
+    let (disk, size) = (file(&bytes), bytes.len() as u64);
+    let Ok(Layout { table: Some(table), .. }) = Layout::of(&disk, size) else { return };
+    for size in [size / 2, size, size * 2] {
+        if let Ok(resized) = table.resized(size) {
+            disk.set_len(size.max(bytes.len() as u64)).expect("a file in memory grows");
+            resized.write(&disk).expect("a file in memory is written to");
+            assert!(disk.metadata().is_ok_and(|is| is.len() == size.max(bytes.len() as u64)), "behind its end");
+        }
+    }
+}
+
+/// Makes the checksums of a GPT right, as far as there is one.
+fn mend_table(bytes: &mut [u8]) -> Option<()> {
+    let word = |bytes: &[u8], at: usize| Some(u32::from_le_bytes(bytes.get(at..at + 4)?.try_into().ok()?) as usize);
+    let entries = word(bytes, 512 + 80)?.checked_mul(word(bytes, 512 + 84)?)?;
+    let at = word(bytes, 512 + 72)?.checked_mul(512)?;
+    let crc = crc32fast::hash(bytes.get(at..at.checked_add(entries)?)?);
+    bytes.get_mut(512 + 88..512 + 92)?.copy_from_slice(&crc.to_le_bytes());
+    bytes.get_mut(512 + 16..512 + 20)?.fill(0);
+    let crc = crc32fast::hash(bytes.get(512..512usize.checked_add(word(bytes, 512 + 12)?)?)?);
+    bytes.get_mut(512 + 16..512 + 20)?.copy_from_slice(&crc.to_le_bytes());
+    Some(())
 }

@@ -5,7 +5,7 @@
 //! - [`pci`], [`mmio`]: accesses of a guest to a machine's devices
 //! - [`states`]: the saved state of a device
 //! - [`snapshots`]: a snapshot's documents
-//! - [`kernel`], [`package`], [`qcow2`], [`root`]: files, and disks that a guest brings
+//! - [`kernel`], [`package`], [`qcow2`], [`root`], [`layout`]: files, and disks that a guest brings
 //! - [`options`]: what a user types
 //! - [`http`]: what comes over the API's socket
 //!
@@ -27,7 +27,7 @@ mod states;
 #[cfg(test)]
 mod tests;
 
-pub use self::disks::{qcow2, root};
+pub use self::disks::{layout, qcow2, root};
 pub use self::files::{kernel, options, package};
 pub use self::machine::{mmio, pci};
 pub use self::messages::http;

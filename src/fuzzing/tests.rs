@@ -7,7 +7,7 @@ use super::*;
 /// A target of `fuzz/`, and what it drives.
 pub type Target = (&'static str, fn(&[u8]));
 
-pub const TARGETS: [Target; 11] = [
+pub const TARGETS: [Target; 12] = [
     ("queues", queues),
     ("pci", pci),
     ("mmio", mmio),
@@ -17,6 +17,7 @@ pub const TARGETS: [Target; 11] = [
     ("package", package),
     ("qcow2", qcow2),
     ("root", root),
+    ("layout", layout),
     ("options", options),
     ("http", http),
 ];

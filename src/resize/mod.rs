@@ -6,9 +6,9 @@
 mod apply;
 mod error;
 mod ext;
-mod gpt;
+pub(crate) mod gpt;
 mod host;
-mod layout;
+pub(crate) mod layout;
 
 use std::fmt;
 use std::path::{Path, PathBuf};
@@ -349,4 +349,4 @@ fn copy_of(path: &Path) -> PathBuf {
 }
 
 #[cfg(test)]
-mod tests;
+pub(crate) mod tests;

@@ -15,7 +15,7 @@ fn put(bytes: &mut [u8], at: usize, value: &[u8]) {
 }
 
 /// The first 2 MiB of a disk of `mib` MiB with two partitions, the second to the end, made after UEFI 2.10, 5.3.2 and 5.3.3.
-fn disk(mib: u64) -> Vec<u8> {
+pub(crate) fn disk(mib: u64) -> Vec<u8> {
     let sectors = mib * MIB / SECTOR;
     let mut bytes = vec![0; 2 * MIB as usize];
     bytes[450] = 0xee;
@@ -57,7 +57,7 @@ fn file(bytes: &[u8], size: u64) -> File {
 }
 
 /// A superblock of `blocks` blocks of 4 KiB.
-fn superblock(blocks: u32) -> Vec<u8> {
+pub(crate) fn superblock(blocks: u32) -> Vec<u8> {
     let mut bytes = vec![0; 1024];
     put(&mut bytes, 4, &blocks.to_le_bytes());
     put(&mut bytes, 24, &2u32.to_le_bytes());

@@ -18,6 +18,7 @@ use crate::fuzzing::disks::open_and_exercise;
 use crate::guest_init::partitions::tests::disk_with_gpt;
 use crate::guest_init::superblock::{PROBED, probe};
 use crate::memory::{IoBuf, anonymous};
+use crate::resize;
 
 const SIZE: u64 = 1 << 20;
 
@@ -140,4 +141,12 @@ fn disks_that_roots_are_on() {
     for sector in [512, 4096] {
         plant_root(&format!("gpt-{sector}"), LINES[3], &disk_with_gpt(sector));
     }
+}
+
+#[test]
+fn disks_that_get_another_size() {
+    plant("layout", "gpt", &resize::tests::disk(2));
+    let ext = [&[0; 1024][..], &resize::tests::superblock(9), &[0; 4096]].concat();
+    plant("layout", "ext", &ext);
+    plant("layout", "xfs", &[b"XFSB".as_slice(), &[0; 600]].concat());
 }
