@@ -204,6 +204,7 @@ fn build(operation: Operation, schemas: &mut Schemas) -> OperationBuilder {
         (true, false) => &[("400", "The request makes no sense")],
         (true, true) => &[
             ("400", "The request makes no sense"),
+            ("404", "There is no device of that name"),
             ("409", "It would make sense at another time"),
             ("500", "The host does not let us"),
             ("501", "Not supported yet"),

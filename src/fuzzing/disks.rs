@@ -5,7 +5,7 @@ use std::path::Path;
 use vm_memory::GuestAddress;
 
 use super::input::Input;
-use super::memory_files::{MemoryFiles, empty, sparse};
+use super::memory_files::{MemoryFiles, empty, file, sparse};
 use crate::backend::Disk;
 use crate::backend::disk::SECTOR;
 use crate::backend::disk::qcow2::Qcow2;

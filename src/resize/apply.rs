@@ -5,6 +5,8 @@ use std::io;
 use std::os::unix::fs::MetadataExt;
 use std::path::{Path, PathBuf};
 
+use rustix::fs::statvfs;
+
 use super::ext::Tools;
 use super::gpt::{Gpt, GptError};
 use super::layout::{Content, Layout};
@@ -150,6 +152,20 @@ pub(super) fn may_shrink(path: &Path, layout: &Layout, size: u64) -> Result<(), 
     }
 }
 
+/// Has the host room for what resize2fs writes to `more` bytes of an ext file system? It must not get stuck in its midst.
+pub(super) fn has_room(path: &Path, more: u64) -> Result<(), ResizeError> {
+    // Inodes of 256 bytes for each 16 KiB are most of it.
+    let needed = (more / 50).saturating_add(4 << 20);
+    match statvfs(path).map(|space| space.f_bavail.saturating_mul(space.f_frsize)) {
+        Ok(free) if free < needed => Err(ResizeError::NoRoom {
+            path: path.to_owned(),
+            needed: MemorySize(needed).rounded(),
+            free: MemorySize(free).rounded(),
+        }),
+        _ => Ok(()),
+    }
+}
+
 impl RawDisk<'_> {
     fn failed(&self) -> impl FnOnce(io::Error) -> ResizeError {
         let path = self.path.to_owned();
@@ -173,6 +189,7 @@ impl RawDisk<'_> {
             _ => None,
         };
         if let Some((tools, bytes, block_size, room)) = ext {
+            has_room(self.path, room.saturating_sub(bytes))?;
             // Before anything is changed: one that is damaged is not moved.
             tools.check(self.file, offset)?;
             if room < bytes {

@@ -31,6 +31,11 @@ pub enum ResizeError {
     ShrinkBelowNeed { path: PathBuf, needed: MemorySize, left: MemorySize },
     #[error("{} cannot be made smaller without e2fsck and resize2fs, which this host does not have", .0.display())]
     NoTools(PathBuf),
+    #[error(
+        "{} cannot become so much larger: {needed} are needed at once, for its file system's own tables, and the host's has {free}",
+        path.display()
+    )]
+    NoRoom { path: PathBuf, needed: MemorySize, free: MemorySize },
     #[error("{} cannot be divided anew", path.display())]
     Table { path: PathBuf, source: GptError },
     #[error("{tool} says no ({how}): {said}")]
@@ -64,6 +69,7 @@ impl ResizeError {
             Self::ShrinkQcow2(_) => "copy what is on it to a smaller disk".into(),
             Self::ShrinkOther { .. } => "make what is on it smaller first, in the guest, and its partition".into(),
             Self::ShrinkBelowNeed { needed, .. } => format!("remove files from it, or give {needed} and a little more"),
+            Self::NoRoom { .. } => "make room there".into(),
             Self::NoTools(_) => "install e2fsprogs".into(),
             Self::Table { source: GptError::NoRoom(_), .. } => return None,
             Self::Table { .. } => "'sgdisk --verify' tells more, and 'sgdisk -e' may mend it".into(),

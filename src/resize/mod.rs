@@ -206,6 +206,9 @@ impl Plan {
                 free.rounded()
             ));
         }
+        if let Some(Layout { content: Content::Ext { bytes, .. }, .. }) = &layout {
+            apply::has_room(&disk.path, size.0.saturating_sub(*bytes))?;
+        }
         let guest = match &layout {
             None => format!(
                 "{} of {size}; {}",

@@ -13,3 +13,4 @@ mod killed;
 mod life;
 mod resize;
 mod services;
+mod trouble;
