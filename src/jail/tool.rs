@@ -118,6 +118,9 @@ fn restrict(file: BorrowedFd<'_>) -> Result<landlock::RestrictionStatus, Ruleset
         .scope(Scope::from_all(ABI::V6))?
         .create()?
         .add_rule(PathBeneath::new(file, write))?;
+    if let Ok(null) = PathFd::new("/dev/null") {
+        rules = rules.add_rule(PathBeneath::new(null, write))?;
+    }
     for path in READABLE {
         // What this host does not have, nobody needs.
         if let Ok(path) = PathFd::new(path) {

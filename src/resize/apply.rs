@@ -4,6 +4,7 @@ use std::fs::{self, File};
 use std::io;
 use std::os::unix::fs::MetadataExt;
 use std::path::{Path, PathBuf};
+use std::time::{Duration, Instant};
 
 use rustix::fs::statvfs;
 
@@ -11,7 +12,7 @@ use super::ext::Tools;
 use super::gpt::{Gpt, GptError};
 use super::layout::{Content, Layout};
 use super::{Followup, ResizeError, copy_of, device};
-use crate::backend::disk::tools;
+use crate::backend::disk::{DiskError, tools};
 use crate::config::{DiskConfig, DiskFormat, MemorySize};
 use crate::store::Definition;
 
@@ -51,19 +52,27 @@ pub fn give_up_copies(definition: &Definition) {
 }
 
 /// Gives disks the sizes that `definition` has for them, and strikes these out. `keep`: what they were is kept beside
-/// them where that takes no space. Nobody else may have them.
+/// them where that takes no space. Nobody else may have them. `save` is called with each step to come, so that it is known to
+/// whoever goes on if we are killed.
 ///
 /// # Errors
-/// What keeps one from its size. Those before have theirs, and are struck out.
-pub fn apply(definition: &mut Definition, keep: bool) -> Result<Vec<Done>, ResizeError> {
+/// What keeps one from its size, or `save`'s. Those before have theirs, and are struck out.
+pub fn apply<E: From<ResizeError>>(
+    definition: &mut Definition,
+    keep: bool,
+    mut save: impl FnMut(&Definition) -> Result<(), E>,
+) -> Result<Vec<Done>, E> {
     let mut all = Vec::new();
     while let Some((id, size)) = definition.disk_sizes.first_key_value().map(|(id, size)| (id.clone(), *size)) {
         if let Some(index) = definition.vm.disks.iter().position(|disk| disk.id.as_deref() == Some(&id)) {
+            let goes_on = definition.resizing.replace(id.clone()).as_ref() == Some(&id);
+            save(definition)?;
             let disk = &definition.vm.disks[index];
-            let (report, kept) = resize(disk, index, size, keep)?;
+            let (report, kept) = resize(disk, index, size, keep, goes_on)?;
             all.push(Done { id: id.clone(), report, kept });
         }
         definition.disk_sizes.remove(&id);
+        definition.resizing = None;
     }
     Ok(all)
 }
@@ -73,18 +82,20 @@ fn resize(
     index: usize,
     size: MemorySize,
     keep: bool,
+    goes_on: bool,
 ) -> Result<(String, Option<Kept>), ResizeError> {
     if disk.image.format == Some(DiskFormat::Qcow2) {
         tools::resize(&disk.path, size.0, DiskFormat::Qcow2, &disk.image.backing, false)?;
         let followup = Followup { content: &Content::Unknown, index, partition: None };
         return Ok((format!("it has {size}; {followup}"), None));
     }
-    let (file, old) = tools::open_alone(&disk.path)?;
+    let (file, old) = if goes_on { open_patiently(&disk.path) } else { tools::open_alone(&disk.path) }?;
     if !file.metadata().is_ok_and(|metadata| metadata.is_file()) {
         return Err(ResizeError::BlockDevice(disk.path.clone()));
     }
-    let kept = if keep { keep_copy(&disk.path, &file)? } else { None };
-    let done = RawDisk { path: &disk.path, file: &file, old, index }.resize(size);
+    // What is half moved is not worth keeping.
+    let kept = if keep && !goes_on { keep_copy(&disk.path, &file)? } else { None };
+    let done = RawDisk { path: &disk.path, file: &file, old, index, goes_on }.resize(size);
     match (done, kept) {
         (Ok(report), kept) => Ok((report, kept)),
         (Err(error), kept) => {
@@ -95,6 +106,17 @@ fn resize(
                 let _ = fs::remove_file(&kept.copy);
             }
             Err(error)
+        }
+    }
+}
+
+/// A tool of somebody who was killed may be at it still, and comes to its end.
+fn open_patiently(path: &Path) -> Result<(File, u64), DiskError> {
+    let deadline = Instant::now() + Duration::from_secs(30);
+    loop {
+        match tools::open_alone(path) {
+            Err(DiskError::Locked { .. }) if Instant::now() < deadline => std::thread::sleep(Duration::from_millis(20)),
+            opened => return opened,
         }
     }
 }
@@ -120,6 +142,8 @@ struct RawDisk<'a> {
     file: &'a File,
     old: u64,
     index: usize,
+    /// Was it begun by somebody who was killed?
+    goes_on: bool,
 }
 
 /// How a disk is divided when it has its new size.
@@ -190,8 +214,12 @@ impl RawDisk<'_> {
         };
         if let Some((tools, bytes, block_size, room)) = ext {
             has_room(self.path, room.saturating_sub(bytes))?;
-            // Before anything is changed: one that is damaged is not moved.
-            tools.check(self.file, offset)?;
+            if self.goes_on {
+                tools.mend(self.file, offset)?;
+            } else {
+                // Before anything is changed: one that is damaged is not moved.
+                tools.check(self.file, offset)?;
+            }
             if room < bytes {
                 let needed = tools.minimum(self.file, offset, block_size)?;
                 if needed > room {
@@ -209,7 +237,10 @@ impl RawDisk<'_> {
             self.file.set_len(size.0).map_err(self.failed())?;
         }
         let resize_ext = |wanted: bool| match ext {
-            Some((tools, _, _, room)) if wanted => tools.resize(self.file, offset, room),
+            Some((tools, _, _, room)) if wanted => tools.resize(self.file, offset, room).inspect_err(|_| {
+                // It may have got stuck on its way.
+                let _ = tools.mend(self.file, offset);
+            }),
             _ => Ok(()),
         };
         let shrinks = ext.is_some_and(|(_, bytes, _, room)| room < bytes);

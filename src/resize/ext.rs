@@ -42,6 +42,18 @@ impl Tools {
         }
     }
 
+    /// Mends a file system that was good until somebody who moved it was killed.
+    ///
+    /// # Errors
+    /// When that cannot be done.
+    pub fn mend(&self, disk: &File, offset: u64) -> Result<(), ResizeError> {
+        let said = confined(&self.check, &["-f", "-y", &target(offset)], disk)?;
+        match said.status.code() {
+            Some(0..=2) => Ok(()),
+            _ => Err(failed("e2fsck", &said)),
+        }
+    }
+
     /// The least bytes that it can be made of.
     ///
     /// # Errors
@@ -96,6 +108,8 @@ fn confined(tool: &Path, args: &[&str], disk: &File) -> Result<Said, ResizeError
         let mut command = Command::new(std::env::current_exe()?);
         command.arg0("tranche").arg(CONFINED).arg(tool).args(args);
         command.env_clear().env("LC_ALL", "C").current_dir("/");
+        // Whoever kills us, or interrupts us on a terminal, has it come to its end.
+        command.process_group(0);
         command.stdin(disk.try_clone()?).stdout(writer.try_clone()?).stderr(writer);
         let mut child = command.spawn()?;
         // With our copies of its end, which would keep us waiting.

@@ -20,6 +20,9 @@ pub struct Definition {
     /// Sizes that disks get before the next start, by their ids.
     #[serde(default, skip_serializing_if = "BTreeMap::is_empty")]
     pub disk_sizes: BTreeMap<String, MemorySize>,
+    /// The disk that is getting its size just now, or was when somebody was killed at that.
+    #[serde(default, skip_serializing_if = "Option::is_none")]
+    pub resizing: Option<String>,
     /// Its kernel is a path, or the name of an imported one.
     pub vm: VmConfig,
 }
@@ -47,7 +50,7 @@ impl Definition {
 
     #[must_use]
     pub fn new(vm: VmConfig) -> Self {
-        Self { version: Self::VERSION, ready: None, disk_sizes: BTreeMap::new(), vm }
+        Self { version: Self::VERSION, ready: None, disk_sizes: BTreeMap::new(), resizing: None, vm }
     }
 
     /// # Errors

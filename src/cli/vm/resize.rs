@@ -160,14 +160,14 @@ fn change_stopped(
         return Ok(Vec::new());
     }
     give_up_copies(&target);
-    match apply(&mut target, keep) {
+    match apply(&mut target, keep, |target| Ok::<_, Failure>(vm.define(change, target)?)) {
         Ok(done) => {
             vm.define(change, &target)?;
             Ok(done)
         }
         Err(error) => {
             vm.define(change, before)?;
-            Err(error.into())
+            Err(error)
         }
     }
 }

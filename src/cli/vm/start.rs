@@ -147,7 +147,9 @@ fn serve(
     if !definition.disk_sizes.is_empty() {
         // Asked for while it ran, or by a command that was killed at it.
         let change = vm.change()?;
-        for done in resize::apply(&mut definition, false)? {
+        for done in
+            resize::apply(&mut definition, false, |definition| Ok::<_, StartError>(vm.define(&change, definition)?))?
+        {
             tracing::info!("{}", done.report);
         }
         vm.define(&change, &definition)?;
