@@ -3,13 +3,17 @@
 
 use std::fs;
 use std::io;
-use std::path::PathBuf;
+use std::path::{Path, PathBuf};
 
 use clap_complete::{Shell, generate_to};
 
 fn main() -> io::Result<()> {
     let usage = || io::Error::other("usage: manual DIRECTORY");
-    let top = PathBuf::from(std::env::args_os().nth(1).ok_or_else(usage)?);
+    write(&PathBuf::from(std::env::args_os().nth(1).ok_or_else(usage)?))
+}
+
+/// Writes all of it below `top`.
+pub fn write(top: &Path) -> io::Result<()> {
     let mut command = tranche::cli::command();
     let man = top.join("man1");
     fs::create_dir_all(&man)?;

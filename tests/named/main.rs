@@ -7,6 +7,10 @@ mod support;
 #[expect(dead_code, reason = "other tests use more of it")]
 mod pty;
 
+#[path = "../../examples/manual.rs"]
+#[expect(dead_code, reason = "a program of its own")]
+mod manual;
+
 mod console;
 mod home;
 mod killed;
