@@ -7,7 +7,7 @@ use rustix::process::{Pid, Signal, kill_process};
 use serde_json::Value;
 
 use crate::home::{Home, LIMIT, sparse};
-use crate::support::{Running, guests};
+use crate::support::{Running, guests, not_tested};
 
 #[test]
 fn a_vm_lives_and_is_seen_to() {
@@ -242,4 +242,21 @@ fn a_boot_is_waited_for() {
     home.done(&["kill", "b"]);
     let ended = waiting.wait(LIMIT).expect_code(93);
     assert!(ended.errors.contains("ended from outside"), "{}", ended.errors);
+}
+
+#[test]
+fn forwarded_ports_are_its_address() {
+    let home = Home::new();
+    let port = std::net::TcpListener::bind("127.0.0.1:0").unwrap().local_addr().unwrap().port();
+    home.create("a", "hello", "end=halt", &["--net", &format!("user,forward=tcp:{port}:80")]);
+    let started = home.run(&["start", "a"]);
+    if started.status.code() == Some(43) {
+        return not_tested(&format!("user networks of named VMs: {}", started.errors));
+    }
+    started.expect_code(0);
+    let listed: Value = serde_json::from_str(&home.done(&["ls", "--format", "json"])).unwrap();
+    assert_eq!(listed[0]["addresses"][0], format!("127.0.0.1:{port}->80/tcp"));
+    let mac = home.inspect("a")["definition"]["vm"]["nics"][0]["mac"].clone();
+    home.done(&["restart", "a", "--timeout", "0", "--kill"]);
+    assert_eq!(home.inspect("a")["running"]["vm"]["nics"][0]["mac"], mac, "its card stays the same");
 }

@@ -37,9 +37,9 @@ pub enum Failure {
     Ended { name: String, why: String },
     #[error("cannot {what}")]
     Host { what: &'static str, source: io::Error },
-    /// A VM's process could not start; it has said why.
-    #[error("the VM '{0}' was not started")]
-    NotStarted(String, u8),
+    /// It has been said why; what is left to tell is the exit code.
+    #[error("it is not done")]
+    Said(u8),
 }
 
 impl Failure {
@@ -59,7 +59,7 @@ impl Failure {
             Self::Start(error) => return error.report() as u8,
             Self::Kernels(error) => return exit::report_kernels(error) as u8,
             Self::Resize(error) => return report_resize(error) as u8,
-            Self::NotStarted(_, code) => return *code,
+            Self::Said(code) => return *code,
             Self::File { what, .. } => {
                 let exit = match *what {
                     "kernel" => Exit::KernelUnreadable,

@@ -66,8 +66,7 @@ fn ls(store: &Store, args: &LsArgs) -> Result<(), Failure> {
             // It was removed just now.
             Err(StoreError::Unknown(_)) => {}
             Err(error) => {
-                exit::report_store(&error);
-                damaged = Some(error);
+                damaged = Some(exit::report_store(&error));
             }
         }
     }
@@ -75,11 +74,7 @@ fn ls(store: &Store, args: &LsArgs) -> Result<(), Failure> {
         Format::Json => exit::print(&format!("{:#}\n", serde_json::json!(rows))),
         Format::Table => exit::print(&table(&rows)),
     }
-    // It has been told already; only the exit code is left to tell.
-    match damaged {
-        Some(_) => Err(Failure::NotStarted(String::new(), exit::Exit::VmDefinition as u8)),
-        None => Ok(()),
-    }
+    damaged.map_or(Ok(()), |exit| Err(Failure::Said(exit as u8)))
 }
 
 impl Row {

@@ -74,16 +74,24 @@ pub fn start_in_background(vm: &Vm, log_level: LogLevel) -> Result<(), Failure> 
     let mut child = command.spawn().map_err(failed())?;
     // With our copy of its end, which would keep us waiting.
     drop(command);
-    let mut text = Vec::new();
-    news.read_to_end(&mut text).map_err(failed())?;
-    let runs = text.pop_if(|last| *last == 0).is_some();
+    let (mut text, mut chunk) = (Vec::new(), [0; 4096]);
+    // Not to the end when all is well: what the VM has started, such as passt, may hold the socket for longer.
+    let runs = loop {
+        match news.read(&mut chunk).map_err(failed())? {
+            0 => break false,
+            count => text.extend_from_slice(&chunk[..count]),
+        }
+        if text.pop_if(|last| *last == 0).is_some() {
+            break true;
+        }
+    };
     exit::say(&String::from_utf8_lossy(&text));
     if runs {
         return Ok(());
     }
     let status = child.wait().map_err(failed())?;
     let code = status.code().and_then(|code| u8::try_from(code).ok()).filter(|&code| code != 0);
-    Err(Failure::NotStarted(vm.name().to_owned(), code.unwrap_or(Exit::Internal as u8)))
+    Err(Failure::Said(code.unwrap_or(Exit::Internal as u8)))
 }
 
 /// Is the VM until it ends, and returns the exit code.
