@@ -41,6 +41,16 @@ fn definitions_are_settled_and_come_back() {
 }
 
 #[test]
+fn the_example_of_the_documentation_is_one() {
+    let page = include_str!("../../docs/vms.md");
+    let example = page.split("```json\n").nth(1).unwrap().split("```").next().unwrap();
+    let mut definition = Definition::parse(example.as_bytes()).unwrap();
+    definition.settle(Path::new("/base")).unwrap();
+    definition.validate().unwrap();
+    assert_eq!(definition.vm.disks[1].path, Path::new("/base/logs.qcow2"));
+}
+
+#[test]
 fn definitions_that_make_no_sense_are_refused() {
     let parse = |text: &str| {
         let mut definition = Definition::parse(text.as_bytes()).map_err(|error| error.to_string())?;

@@ -111,8 +111,11 @@ pub fn wait_for_boot(vm: &Vm, patience: Option<Duration>) -> Result<(), Failure>
     })
 }
 
+/// An image with partitions is not called the root disk: without a text to wait for, the first one counts.
 fn root_disk(definition: &Definition) -> Option<&str> {
-    definition.vm.disks.iter().find(|disk| disk.root)?.id.as_deref()
+    let disks = &definition.vm.disks;
+    let first = disks.first().filter(|_| definition.ready.is_none());
+    disks.iter().find(|disk| disk.root).or(first)?.id.as_deref()
 }
 
 fn is_driven(vm: &Vm, disk: &str) -> bool {
