@@ -1,13 +1,28 @@
-//! What is linked into releases, and only there.
+//! What the program carries packed, and how releases are linked.
 
-use std::env;
+use std::path::Path;
+use std::{env, fs, io};
 
-fn main() {
-    println!("cargo::rerun-if-changed=build.rs");
-    println!("cargo::rerun-if-changed=resources/no-unwinding.ld");
-    let is_release = env::var("OUT_DIR").is_ok_and(|dir| dir.contains("/release/build/"));
-    if is_release {
-        let top = env::var("CARGO_MANIFEST_DIR").unwrap_or_default();
-        println!("cargo::rustc-link-arg-bins=-Wl,-T,{top}/resources/no-unwinding.ld");
+use flate2::Compression;
+use flate2::write::DeflateEncoder;
+
+fn main() -> io::Result<()> {
+    let directory = |name| env::var(name).map_err(io::Error::other);
+    let (top, out) = (directory("CARGO_MANIFEST_DIR")?, directory("OUT_DIR")?);
+    for input in ["build.rs", "docs/openapi.json", "resources/no-unwinding.ld"] {
+        println!("cargo::rerun-if-changed={input}");
     }
+
+    // Hardly anybody asks for it.
+    let document = fs::read(Path::new(&top).join("docs/openapi.json"))?;
+    let mut packed = DeflateEncoder::new(Vec::new(), Compression::best());
+    io::Write::write_all(&mut packed, &document)?;
+    fs::write(Path::new(&out).join("openapi.deflate"), packed.finish()?)?;
+
+    if out.contains("/release/build/") {
+        println!("cargo::rustc-link-arg-bins=-Wl,-T,{top}/resources/no-unwinding.ld");
+        // Functions of the same code are one.
+        println!("cargo::rustc-link-arg-bins=-Wl,--icf=all");
+    }
+    Ok(())
 }

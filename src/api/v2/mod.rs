@@ -1,5 +1,8 @@
 //! Our own API, below `/v2`: honest statuses, and errors as RFC 9457 has them.
 
+use std::io::Read;
+
+use flate2::read::DeflateDecoder;
 use serde::de::DeserializeOwned;
 use serde::{Deserialize, Serialize};
 
@@ -22,7 +25,7 @@ pub struct Problem {
 /// The kind of text that Prometheus reads.
 pub const PROMETHEUS: &str = "text/plain; version=0.0.4";
 /// Both APIs, described. A test derives it from the types; the program carries the result alone.
-const OPENAPI: &str = include_str!("../../../docs/openapi.json");
+const OPENAPI: &[u8] = include_bytes!(concat!(env!("OUT_DIR"), "/openapi.deflate"));
 const PROBLEM: &str = "application/problem+json";
 
 /// The body of `PUT /v2/vm/power`.
@@ -127,6 +130,12 @@ pub fn serve(request: &Request, reply: Reply, owner: &CallSender) {
             let events = reply.stream("application/x-ndjson");
             owner.subscribe(Box::new(move |line| events.send(line.as_bytes()).is_ok() && !events.is_closed()));
         }
-        Ok(Route::OpenApi) => reply.send(Response::json(200, OPENAPI)),
+        Ok(Route::OpenApi) => {
+            let mut document = Vec::new();
+            reply.send(match DeflateDecoder::new(OPENAPI).read_to_end(&mut document) {
+                Ok(_) => Response::json(200, document),
+                Err(error) => problem(500, &format!("The document cannot be unpacked: {error}.")),
+            });
+        }
     }
 }
