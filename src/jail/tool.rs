@@ -8,7 +8,7 @@ use landlock::{
     ABI, Access, AccessFs, AccessNet, BitFlags, CompatLevel, Compatible, PathBeneath, PathFd, Ruleset, RulesetAttr,
     RulesetCreatedAttr, RulesetError, RulesetStatus, Scope,
 };
-use rustix::process::{Resource, Rlimit, setrlimit};
+use rustix::process::{Resource, Rlimit, getrlimit, setrlimit};
 use rustix::thread::{CapabilitySet, CapabilitySets, set_capabilities, set_no_new_privs};
 use seccompiler::{BpfProgram, SeccompAction, SeccompFilter, TargetArch, apply_filter};
 use thiserror::Error;
@@ -52,6 +52,8 @@ pub fn landlock_version() -> Option<u32> {
 pub fn confine_to_file(file: BorrowedFd<'_>) -> Result<(), ConfineError> {
     let host = |what| move |error: rustix::io::Errno| ConfineError::Host { what, source: error.into() };
     for (resource, limit) in [(Resource::Core, 0), (Resource::As, MEMORY), (Resource::Cpu, CPU_TIME)] {
+        // A user cannot raise one that is lower.
+        let limit = getrlimit(resource).maximum.map_or(limit, |known| known.min(limit));
         let limit = Rlimit { current: Some(limit), maximum: Some(limit) };
         setrlimit(resource, limit).map_err(host("limit its resources"))?;
     }

@@ -222,6 +222,15 @@ fn events_are_heard_by_name() {
     events.output.wait_for(r#""from":"running","to":"paused""#, LIMIT);
     home.done(&["kill", "a"]);
     assert!(events.wait(LIMIT).output.contains(r#""event":"state""#));
+
+    // Of all VMs, also of those to come.
+    let events = Running::start(&mut home.command(&["events"]));
+    events.output.wait_for(r#""from":null,"time":"#, LIMIT);
+    home.create("b", "hello", "end=halt", &[]);
+    home.done(&["start", "b"]);
+    events.output.wait_for(r#""to":"running","vm":"b""#, LIMIT);
+    home.done(&["rm", "--force", "b"]);
+    events.output.wait_for(r#""to":"removed","vm":"b""#, LIMIT);
 }
 
 #[test]

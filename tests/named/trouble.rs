@@ -88,3 +88,26 @@ fn a_directory_of_another_user_is_not_written_to() {
     run(&["start", "a"]).expect_code(90);
     assert_eq!(home.state("a"), "stopped");
 }
+
+#[test]
+fn without_e2fsprogs_the_owner_is_told_what_is_left_to_do() {
+    const MIB: u64 = 1 << 20;
+    let home = Home::new();
+    let disk = home.path("d");
+    sparse(&disk, 32 * MIB);
+    tool("mke2fs", &["-q", "-t", "ext4", disk.to_str().unwrap()]);
+    let kernel = guests().join("hello");
+    home.done(&["create", "a", "--kernel", kernel.to_str().unwrap(), "--disk", "d,id=d"]);
+    let without = "mount -t tmpfs none /usr/sbin";
+    let Some(mut command) = after(without, &home, &["resize", "a", "--disk", "d=64M"]) else { return };
+    let ended = Running::start(&mut command).wait(LIMIT).expect_code(0);
+    for text in [&ended.output, &ended.errors] {
+        assert!(text.contains("then, in the guest: resize2fs /dev/vda"), "{text}");
+    }
+    assert_eq!(std::fs::metadata(&disk).unwrap().len(), 64 * MIB);
+    // What it needs was 32 MiB, which is still there.
+    let mut command = after(without, &home, &["resize", "a", "--disk", "d=16M"]).unwrap();
+    let ended = Running::start(&mut command).wait(LIMIT).expect_code(97);
+    assert!(ended.errors.contains("cannot be made smaller without e2fsck"), "{}", ended.errors);
+    assert_eq!(std::fs::metadata(&disk).unwrap().len(), 64 * MIB);
+}
