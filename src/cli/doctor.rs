@@ -4,11 +4,11 @@ use std::fs::{self, File};
 use std::path::Path;
 use std::process::{Command, ExitCode, Stdio};
 
-use clap::{Args, ValueEnum};
+use clap::Args;
 use serde::Serialize;
 
 use super::exit::{self, Exit};
-use super::table::Table;
+use super::table::{Format, Table};
 use crate::backend::OpenDirectly;
 use crate::jail::landlock_version;
 use crate::machine::look_at_kvm;
@@ -25,12 +25,6 @@ pub struct DoctorArgs {
     /// How to print it
     #[arg(long, default_value = "table")]
     format: Format,
-}
-
-#[derive(Debug, Clone, Copy, PartialEq, Eq, ValueEnum)]
-enum Format {
-    Table,
-    Json,
 }
 
 #[derive(Debug, Clone, Copy, PartialEq, Eq, Serialize)]

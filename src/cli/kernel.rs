@@ -3,10 +3,10 @@
 use std::path::PathBuf;
 use std::process::ExitCode;
 
-use clap::{Args, Subcommand, ValueEnum};
+use clap::{Args, Subcommand};
 
 use super::exit::{self, Exit};
-use super::table::Table;
+use super::table::{Format, Table};
 use crate::config::MemorySize;
 use crate::kernels::{self, Bundle, KernelsError, Library, Source};
 
@@ -60,12 +60,6 @@ pub struct LsArgs {
     /// Print names only
     #[arg(short, long)]
     quiet: bool,
-}
-
-#[derive(Debug, Clone, Copy, PartialEq, Eq, ValueEnum)]
-enum Format {
-    Table,
-    Json,
 }
 
 /// Remove imported kernels

@@ -2,6 +2,15 @@
 
 use std::fmt;
 
+use clap::ValueEnum;
+
+/// How what is listed is printed.
+#[derive(Debug, Clone, Copy, PartialEq, Eq, ValueEnum)]
+pub enum Format {
+    Table,
+    Json,
+}
+
 pub struct Table<const N: usize> {
     rows: Vec<[String; N]>,
 }

@@ -79,7 +79,7 @@ fn find_kernel(definition: &mut Definition) -> Result<(), KernelsError> {
 }
 
 /// A VM that could never start is not made.
-pub fn check_files(definition: &Definition) -> Result<(), Failure> {
+fn check_files(definition: &Definition) -> Result<(), Failure> {
     let vm = &definition.vm;
     let check = |what, path: &Path| match File::open(path) {
         Ok(_) => Ok(()),

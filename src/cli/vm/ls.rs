@@ -3,12 +3,12 @@
 use std::fs;
 use std::process::ExitCode;
 
-use clap::{Args, ValueEnum};
+use clap::Args;
 use serde::Serialize;
 
 use super::failure::{Failure, conclude};
 use crate::cli::exit;
-use crate::cli::table::Table;
+use crate::cli::table::{Format, Table};
 use crate::config::{MemorySize, NetBackend, VmConfig};
 use crate::store::{Store, StoreError, Vm, now};
 
@@ -25,26 +25,20 @@ pub struct LsArgs {
     quiet: bool,
 }
 
-#[derive(Debug, Clone, Copy, PartialEq, Eq, ValueEnum)]
-enum Format {
-    Table,
-    Json,
-}
-
 /// What is listed of a VM. What it is of one that runs is what it was started with.
 #[derive(Debug, Serialize)]
-pub struct Row {
-    pub name: String,
-    pub state: &'static str,
+struct Row {
+    name: String,
+    state: &'static str,
     /// Why it ended, if that was not wanted.
-    pub why: Option<String>,
-    pub cpus: u8,
-    pub memory_bytes: u64,
-    pub disks: Vec<String>,
-    pub addresses: Vec<String>,
-    pub uptime_seconds: Option<u64>,
+    why: Option<String>,
+    cpus: u8,
+    memory_bytes: u64,
+    disks: Vec<String>,
+    addresses: Vec<String>,
+    uptime_seconds: Option<u64>,
     /// Will the next start be of something else?
-    pub pending: bool,
+    pending: bool,
 }
 
 pub fn run(args: &LsArgs) -> ExitCode {
@@ -79,7 +73,7 @@ fn ls(store: &Store, args: &LsArgs) -> Result<(), Failure> {
 
 impl Row {
     /// `neighbours`: as `/proc/net/arp` has them.
-    pub fn of(vm: &Vm, neighbours: &str) -> Result<Self, StoreError> {
+    fn of(vm: &Vm, neighbours: &str) -> Result<Self, StoreError> {
         let definition = vm.definition()?;
         let state = vm.state();
         let running = vm.running_definition().filter(|_| state.name() == "running");

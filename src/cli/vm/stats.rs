@@ -7,14 +7,14 @@ use std::os::fd::AsFd;
 use std::process::ExitCode;
 use std::time::{Duration, Instant};
 
-use clap::{Args, ValueEnum};
+use clap::Args;
 use rustix::event::{PollFd, PollFlags, Timespec, poll};
 use serde::Serialize;
 
 use super::failure::{Failure, conclude};
 use super::lifecycle::{ask_text, seconds};
 use crate::cli::exit;
-use crate::cli::table::Table;
+use crate::cli::table::{Format, Table};
 use crate::cli::terminal::RawTerminal;
 use crate::config::{MIN_MEMORY, MemorySize};
 use crate::store::{Store, StoreError, Vm};
@@ -45,12 +45,6 @@ pub struct TopArgs {
     /// How often to look, in seconds
     #[arg(long, value_name = "SECONDS", default_value = "2", value_parser = seconds)]
     interval: Duration,
-}
-
-#[derive(Debug, Clone, Copy, PartialEq, Eq, ValueEnum)]
-enum Format {
-    Table,
-    Json,
 }
 
 /// What a VM has taken by a moment.
