@@ -20,6 +20,7 @@
 //! - [`backend`]: the host side of a device: disk files, taps, vhost; every host file enters here
 //! - [`shelf`]: our files and directories on the host's disk, whole or not at all
 //! - [`memory`]: guest RAM: regions, backing, dirty tracking
+//! - [`threads`]: threads of a VM, each of a kind that may do no more than it needs
 //! - [`config`]: what a VM is: plain data with defaults, units and validation
 //! - [`observe`]: logs and the boot timeline
 //!
@@ -47,4 +48,5 @@ pub mod resize;
 pub mod shelf;
 pub mod snapshot;
 pub mod store;
+pub mod threads;
 pub mod virtio;

@@ -1,18 +1,27 @@
 //! The one door through which host resources come in.
 //!
-//! The machine never opens a path itself: it asks for a [`HostFile`] and gets a descriptor. Unjailed, the file
-//! is opened on the spot; a jailed machine will ask a parent that holds the rights.
+//! The machine never touches a path itself: it asks for a [`HostFile`] and gets a descriptor, or has a [`Deed`] done.
+//! Unjailed, that happens on the spot; a jailed machine asks a parent that holds the rights.
 
 use std::fmt;
-use std::fs::{File, OpenOptions};
+use std::fs::{self, File, OpenOptions};
 use std::io;
-use std::os::unix::fs::{FileTypeExt, OpenOptionsExt};
+use std::os::fd::{AsFd, AsRawFd};
+use std::os::unix::fs::{FileTypeExt, OpenOptionsExt, PermissionsExt};
 use std::os::unix::net::{UnixListener, UnixStream};
 use std::path::{Path, PathBuf};
-use std::process::{Child, Command};
 
-/// A host resource a VM can ask for.
-#[derive(Debug, Clone, PartialEq, Eq)]
+use rustix::fs::{AtFlags, CWD, OFlags};
+use serde::{Deserialize, Serialize};
+
+use super::kernel_cache::KernelCache;
+use super::passt::{self, PasstError};
+use super::tap::{self, TapError, TapQueue};
+use crate::config::UserNetwork;
+use crate::shelf;
+
+/// A file that a VM can ask for.
+#[derive(Debug, Clone, PartialEq, Eq, Serialize, Deserialize)]
 pub enum HostFile {
     Kvm,
     /// A kernel or initrd: read only.
@@ -21,8 +30,6 @@ pub enum HostFile {
         path: PathBuf,
         read_only: bool,
     },
-    /// `/dev/net/tun`, not yet attached to an interface.
-    Tun,
     /// `/dev/userfaultfd`.
     Userfault,
     /// `/dev/vhost-net`, without an owner.
@@ -31,33 +38,127 @@ pub enum HostFile {
     SerialOutput(PathBuf),
     /// A file that lines are added to: created, or continued.
     Log(PathBuf),
+    /// Something of ours to read: a description, a part of a snapshot. Also a directory, to lock it or have it on stable
+    /// storage.
+    Read(PathBuf),
+    /// A file that is not there yet, to write and read.
+    New(PathBuf),
+    /// A file to write and read: created, or emptied.
+    Replacement(PathBuf),
+    /// A file without a name in this directory, to write and read.
+    Nameless(PathBuf),
+    /// What is at a path, whatever it is: neither to read nor to write.
+    Place(PathBuf),
 }
 
-impl fmt::Display for HostFile {
-    fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
+impl HostFile {
+    /// Where it is.
+    #[must_use]
+    pub fn path(&self) -> &Path {
         match self {
-            Self::Kvm => f.write_str("/dev/kvm"),
-            Self::Tun => f.write_str("/dev/net/tun"),
-            Self::Userfault => f.write_str("/dev/userfaultfd"),
-            Self::VhostNet => f.write_str("/dev/vhost-net"),
-            Self::BootFile(path) | Self::SerialOutput(path) | Self::Log(path) | Self::Disk { path, .. } => {
-                write!(f, "{}", path.display())
-            }
+            Self::Kvm => Path::new("/dev/kvm"),
+            Self::Userfault => Path::new("/dev/userfaultfd"),
+            Self::VhostNet => Path::new("/dev/vhost-net"),
+            Self::BootFile(path)
+            | Self::SerialOutput(path)
+            | Self::Log(path)
+            | Self::Read(path)
+            | Self::New(path)
+            | Self::Replacement(path)
+            | Self::Nameless(path)
+            | Self::Place(path)
+            | Self::Disk { path, .. } => path,
         }
     }
 }
 
-/// Turns names into descriptors.
+impl fmt::Display for HostFile {
+    fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
+        write!(f, "{}", self.path().display())
+    }
+}
+
+/// What a VM can have done to names of files.
+#[derive(Debug, Clone, PartialEq, Eq, Serialize, Deserialize)]
+pub enum Deed {
+    MakeDir(PathBuf),
+    /// The directory goes to a name that nothing has, and that is on stable storage then.
+    Place {
+        from: PathBuf,
+        to: PathBuf,
+    },
+    /// The file goes to a name, in the place of what has it; that is on stable storage then.
+    Replace {
+        from: PathBuf,
+        to: PathBuf,
+    },
+    RemoveFile(PathBuf),
+    RemoveTree(PathBuf),
+    /// Nobody is to write to the file any more.
+    MakeReadOnly(PathBuf),
+}
+
+/// Something that a VM may ask for.
+#[derive(Debug, Clone, PartialEq, Eq)]
+pub enum Right {
+    Open(HostFile),
+    Perform(Deed),
+    /// Any name in a directory, and in those below it.
+    Below(PathBuf),
+    JoinTap(String),
+}
+
+/// Turns names into descriptors. What a host does not have, it refuses.
 pub trait HostFiles: Send + Sync {
     /// # Errors
     /// Whatever the host says about the file.
     fn open(&self, file: &HostFile) -> io::Result<File>;
 
-    /// Starts a program that is to work for the VM, as a child of whoever holds the rights.
+    /// Opens what is open already once more, with none of the locks on it; to write only if it is open so.
     ///
     /// # Errors
-    /// `NotFound` when it is not installed.
-    fn start(&self, program: &mut Command) -> io::Result<Child>;
+    /// The host's.
+    fn open_again(&self, _file: &File, _read_only: bool) -> io::Result<File> {
+        Err(io::ErrorKind::Unsupported.into())
+    }
+
+    /// # Errors
+    /// The host's.
+    fn perform(&self, _deed: &Deed) -> io::Result<()> {
+        Err(io::ErrorKind::Unsupported.into())
+    }
+
+    /// Gives an open file one more name, on its own file system.
+    ///
+    /// # Errors
+    /// The host's.
+    fn link(&self, _file: &File, _path: &Path) -> io::Result<()> {
+        Err(io::ErrorKind::Unsupported.into())
+    }
+
+    /// A path without symbolic links.
+    ///
+    /// # Errors
+    /// The host's.
+    fn canonical(&self, _path: &Path) -> io::Result<PathBuf> {
+        Err(io::ErrorKind::Unsupported.into())
+    }
+
+    /// Joins a tap by one queue, of `several`.
+    ///
+    /// # Errors
+    /// What is wrong with the tap.
+    fn join_tap(&self, name: &str, _several: bool) -> Result<TapQueue, TapError> {
+        Err(TapError::NoSuchTap(name.into()))
+    }
+
+    /// Starts passt, as a child of whoever holds the rights.
+    ///
+    /// # Errors
+    /// `Start` with `NotFound` when it is not installed.
+    fn start_passt(&self, _network: &UserNetwork, _mtu: u16) -> Result<passt::Process, PasstError> {
+        Err(PasstError::Start(io::ErrorKind::Unsupported.into()))
+    }
 
     /// Listens on a unix socket at `path`. A socket file that nobody listens on any more is replaced.
     ///
@@ -70,9 +171,14 @@ pub trait HostFiles: Send + Sync {
     /// # Errors
     /// `NotFound` or `ConnectionRefused` when nobody listens there.
     fn connect(&self, path: &Path) -> io::Result<UnixStream>;
+
+    /// Where unpacked kernels are kept.
+    fn kernel_cache(&self) -> KernelCache {
+        KernelCache::Off
+    }
 }
 
-/// Opens files with the rights of this process.
+/// Does everything with the rights of this process.
 pub struct OpenDirectly;
 
 impl HostFiles for OpenDirectly {
@@ -81,8 +187,8 @@ impl HostFiles for OpenDirectly {
         // from hanging the start; it means nothing to regular files and block devices.
         let mut options = OpenOptions::new();
         match file {
-            HostFile::Kvm | HostFile::Tun | HostFile::Userfault | HostFile::VhostNet => {
-                options.read(true).write(true).open(file.to_string())
+            HostFile::Kvm | HostFile::Userfault | HostFile::VhostNet => {
+                options.read(true).write(true).open(file.path())
             }
             HostFile::BootFile(path) => options.read(true).custom_flags(libc::O_NONBLOCK).open(path),
             HostFile::Disk { path, read_only } => {
@@ -96,14 +202,60 @@ impl HostFiles for OpenDirectly {
                 options.write(true).create(true).truncate(true).custom_flags(libc::O_NONBLOCK);
                 let file = options.open(path)?;
                 // Only the opening was not to wait (for the reader of a FIFO, say); the guest waits for its output.
-                rustix::fs::fcntl_setfl(&file, rustix::fs::fcntl_getfl(&file)? - rustix::fs::OFlags::NONBLOCK)?;
+                rustix::fs::fcntl_setfl(&file, rustix::fs::fcntl_getfl(&file)? - OFlags::NONBLOCK)?;
                 Ok(file)
+            }
+            HostFile::Read(path) => options.read(true).open(path),
+            HostFile::New(path) => options.read(true).write(true).create_new(true).open(path),
+            HostFile::Replacement(path) => options.read(true).write(true).create(true).truncate(true).open(path),
+            HostFile::Nameless(dir) => nameless(dir),
+            HostFile::Place(path) => {
+                let flags = OFlags::PATH | OFlags::NOFOLLOW | OFlags::CLOEXEC;
+                Ok(rustix::fs::open(path, flags, rustix::fs::Mode::empty())?.into())
             }
         }
     }
 
-    fn start(&self, program: &mut Command) -> io::Result<Child> {
-        program.spawn()
+    fn open_again(&self, file: &File, read_only: bool) -> io::Result<File> {
+        // What is open for reading only is not to become more, also where the file's owner asks for it.
+        let writes = rustix::fs::fcntl_getfl(file)? & OFlags::RWMODE == OFlags::RDWR;
+        if !read_only && !writes {
+            return Err(io::ErrorKind::PermissionDenied.into());
+        }
+        OpenOptions::new().read(true).write(!read_only).custom_flags(libc::O_NONBLOCK).open(descriptor(file))
+    }
+
+    fn perform(&self, deed: &Deed) -> io::Result<()> {
+        match deed {
+            Deed::MakeDir(path) => fs::create_dir(path),
+            Deed::Place { from, to } => {
+                shelf::rename_to_free(from, to)?;
+                shelf::sync_parent(to)
+            }
+            Deed::Replace { from, to } => {
+                fs::rename(from, to)?;
+                shelf::sync_parent(to)
+            }
+            Deed::RemoveFile(path) => fs::remove_file(path),
+            Deed::RemoveTree(path) => fs::remove_dir_all(path),
+            Deed::MakeReadOnly(path) => fs::set_permissions(path, fs::Permissions::from_mode(0o444)),
+        }
+    }
+
+    fn link(&self, file: &File, path: &Path) -> io::Result<()> {
+        Ok(rustix::fs::linkat(CWD, descriptor(file), CWD, path, AtFlags::SYMLINK_FOLLOW)?)
+    }
+
+    fn canonical(&self, path: &Path) -> io::Result<PathBuf> {
+        path.canonicalize()
+    }
+
+    fn join_tap(&self, name: &str, several: bool) -> Result<TapQueue, TapError> {
+        tap::join(name, several)
+    }
+
+    fn start_passt(&self, network: &UserNetwork, mtu: u16) -> Result<passt::Process, PasstError> {
+        passt::spawn(network, mtu)
     }
 
     fn connect(&self, path: &Path) -> io::Result<UnixStream> {
@@ -124,6 +276,35 @@ impl HostFiles for OpenDirectly {
             }
             result => result,
         }
+    }
+
+    fn kernel_cache(&self) -> KernelCache {
+        KernelCache::of_user()
+    }
+}
+
+/// The files of this process, by their descriptors.
+pub const DESCRIPTORS: &str = "/proc/self/fd";
+
+fn descriptor(file: impl AsFd) -> PathBuf {
+    Path::new(DESCRIPTORS).join(file.as_fd().as_raw_fd().to_string())
+}
+
+/// Makes a file that nobody else finds.
+fn nameless(dir: &Path) -> io::Result<File> {
+    let mut options = OpenOptions::new();
+    options.read(true).write(true).mode(0o600);
+    match options.clone().custom_flags(libc::O_TMPFILE).open(dir) {
+        // A file system on which all files have names, at first.
+        Err(error) if matches!(error.raw_os_error(), Some(libc::EOPNOTSUPP | libc::EISDIR | libc::EINVAL)) => {
+            let mut random = [0; 8];
+            rustix::rand::getrandom(&mut random, rustix::rand::GetRandomFlags::empty())?;
+            let name = dir.join(format!(".tranche.{:016x}", u64::from_ne_bytes(random)));
+            let file = options.create_new(true).open(&name)?;
+            fs::remove_file(name)?;
+            Ok(file)
+        }
+        opened => opened,
     }
 }
 

@@ -3,6 +3,8 @@
 pub mod disk;
 pub mod frames;
 pub mod host;
+pub mod io_error;
+pub mod kernel_cache;
 pub mod limiter;
 pub mod netns;
 pub mod passt;
@@ -10,7 +12,8 @@ pub mod tap;
 pub mod vhost;
 
 pub use disk::{Disk, DiskError};
-pub use host::{HostFile, HostFiles, OpenDirectly};
+pub use host::{Deed, HostFile, HostFiles, OpenDirectly, Right};
+pub use kernel_cache::KernelCache;
 pub use limiter::Limiter;
 pub use passt::{Passt, PasstError};
 pub use tap::{Offloads, Tap, TapError};

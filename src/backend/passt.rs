@@ -5,19 +5,21 @@
 //! reads the end of its stream and leaves.
 
 use std::io::{self, PipeReader, Read};
-use std::net::Ipv4Addr;
-use std::os::fd::AsRawFd;
+use std::net::{Ipv4Addr, Shutdown};
+use std::os::fd::{AsFd, AsRawFd};
 use std::os::unix::net::UnixStream;
+use std::os::unix::process::ExitStatusExt;
 use std::process::{Child, Command, Stdio};
-use std::time::Duration;
 
 use rustix::event::{PollFd, PollFlags, Timespec, poll};
 use rustix::fs::OFlags;
 use rustix::io::FdFlags;
+use serde::{Deserialize, Serialize};
 use thiserror::Error;
 
 use super::frames::{FrameError, FrameStream};
 use super::host::HostFiles;
+use super::io_error;
 use crate::config::{ForwardedProtocol, UserNetwork};
 
 /// The guest's address, and what else is in its network of 24 bits: the same numbers as QEMU's.
@@ -33,19 +35,30 @@ const PATIENCE: Timespec = Timespec { tv_sec: 10, tv_nsec: 0 };
 /// As large as the host allows (`net.core.wmem_max`), if that is less.
 const SOCKET_BUFFER: usize = 16 << 20;
 
+/// How long it may take to end.
+const LAST_PATIENCE: Timespec = Timespec { tv_sec: 1, tv_nsec: 0 };
+
 /// How much of what passt complains about is kept until somebody asks: what a pipe holds.
 const COMPLAINTS: usize = 64 << 10;
 
-#[derive(Debug, Error)]
+#[derive(Debug, Error, Serialize, Deserialize)]
 pub enum PasstError {
     #[error("cannot start passt, which carries the network of --net user")]
-    Start(#[source] io::Error),
+    Start(
+        #[source]
+        #[serde(with = "io_error")]
+        io::Error,
+    ),
     #[error("passt gives up: {0}")]
     GaveUp(String),
     #[error("passt does not answer")]
     Silent,
     #[error("cannot connect to passt")]
-    Connect(#[source] io::Error),
+    Connect(
+        #[source]
+        #[serde(with = "io_error")]
+        io::Error,
+    ),
 }
 
 impl PasstError {
@@ -99,9 +112,40 @@ pub struct Passt {
     process: Option<Process>,
 }
 
-struct Process {
-    child: Child,
-    complaints: PipeReader,
+/// A passt that runs.
+#[derive(Debug)]
+pub struct Process {
+    pub socket: UnixStream,
+    /// What it writes on its standard error. Does not wait.
+    pub complaints: PipeReader,
+    /// None of another process's.
+    pub child: Option<Child>,
+}
+
+/// Starts passt, whose packets may have so many bytes.
+///
+/// # Errors
+/// When there is none, or the host is short of something.
+pub fn spawn(network: &UserNetwork, mtu: u16) -> Result<Process, PasstError> {
+    let (socket, theirs) = UnixStream::pair().map_err(PasstError::Connect)?;
+    let (complaints, their_complaints) = io::pipe().map_err(PasstError::Connect)?;
+    let set_up = || -> rustix::io::Result<()> {
+        // Neither may wait for the other: a full pipe takes no more.
+        rustix::fs::fcntl_setfl(&complaints, rustix::fs::fcntl_getfl(&complaints)? | OFlags::NONBLOCK)?;
+        rustix::fs::fcntl_setfl(&their_complaints, rustix::fs::fcntl_getfl(&their_complaints)? | OFlags::NONBLOCK)?;
+        // A frame that finds no room is lost, and passt takes seconds to send it again.
+        for end in [&socket, &theirs] {
+            rustix::net::sockopt::set_socket_send_buffer_size(end, SOCKET_BUFFER)?;
+        }
+        // The one descriptor that a program started by us is to have. Nothing else starts meanwhile.
+        rustix::io::fcntl_setfd(&theirs, FdFlags::empty())
+    };
+    set_up().map_err(|errno| PasstError::Connect(errno.into()))?;
+    let mut command = Command::new("passt");
+    command.args(arguments(network, mtu)).arg("--fd").arg(theirs.as_raw_fd().to_string());
+    command.stdin(Stdio::null()).stdout(Stdio::null()).stderr(their_complaints);
+    let child = command.spawn().map_err(PasstError::Start)?;
+    Ok(Process { socket, complaints, child: Some(child) })
 }
 
 impl Passt {
@@ -110,27 +154,10 @@ impl Passt {
     /// # Errors
     /// When there is no passt, or it does not do what it is asked to; its own words are in the error.
     pub fn start(files: &dyn HostFiles, network: &UserNetwork, mtu: u16, mac: [u8; 6]) -> Result<Self, PasstError> {
-        let (ours, theirs) = UnixStream::pair().map_err(PasstError::Connect)?;
-        let (complaints, their_complaints) = io::pipe().map_err(PasstError::Connect)?;
-        let set_up = || -> rustix::io::Result<()> {
-            // Neither may wait for the other: a full pipe takes no more.
-            rustix::fs::fcntl_setfl(&complaints, rustix::fs::fcntl_getfl(&complaints)? | OFlags::NONBLOCK)?;
-            rustix::fs::fcntl_setfl(&their_complaints, rustix::fs::fcntl_getfl(&their_complaints)? | OFlags::NONBLOCK)?;
-            // A frame that finds no room is lost, and passt takes seconds to send it again.
-            for end in [&ours, &theirs] {
-                rustix::net::sockopt::set_socket_send_buffer_size(end, SOCKET_BUFFER)?;
-            }
-            // The one descriptor that a program started by us is to have. Nothing else starts meanwhile.
-            rustix::io::fcntl_setfd(&theirs, FdFlags::empty())
-        };
-        set_up().map_err(|errno| PasstError::Connect(errno.into()))?;
-        let mut command = Command::new("passt");
-        command.args(arguments(network, mtu)).arg("--fd").arg(theirs.as_raw_fd().to_string());
-        command.stdin(Stdio::null()).stdout(Stdio::null()).stderr(their_complaints);
-        let child = files.start(&mut command).map_err(PasstError::Start)?;
-        drop((command, theirs));
-        let frames = FrameStream::new(ours).map_err(PasstError::Connect)?;
-        let mut passt = Self { frames, mtu, process: Some(Process { child, complaints }) };
+        let process = files.start_passt(network, mtu)?;
+        let frames = FrameStream::new(process.socket.try_clone().map_err(PasstError::Connect)?);
+        let frames = frames.map_err(PasstError::Connect)?;
+        let mut passt = Self { frames, mtu, process: Some(process) };
         passt.greet(mac)?;
         Ok(passt)
     }
@@ -186,16 +213,15 @@ impl Passt {
     /// Ends passt after an error, and tells why there was one: its last words, if there are some.
     pub fn end(&mut self, error: &FrameError) -> String {
         let Some(mut process) = self.process.take() else { return error.to_string() };
-        if !matches!(error, FrameError::Closed) {
-            let _ = process.child.kill();
-        }
-        process.last_words().unwrap_or_else(|| error.to_string())
+        process.last_words(matches!(error, FrameError::Closed)).unwrap_or_else(|| error.to_string())
     }
 }
 
-impl Drop for Passt {
+impl Drop for Process {
     fn drop(&mut self) {
-        if let Some(Process { mut child, .. }) = self.process.take() {
+        // It ends by itself when it is alone, as one that is not our child does then.
+        let _ = self.socket.shutdown(Shutdown::Both);
+        if let Some(child) = &mut self.child {
             let _ = child.kill();
             let _ = child.wait();
         }
@@ -211,19 +237,18 @@ impl Process {
         String::from_utf8_lossy(&text).into_owned()
     }
 
-    fn last_words(&mut self) -> Option<String> {
-        // It has hung up, and so is about to end; should it not be, it has to.
+    /// `is_ending`: by itself, as it has hung up.
+    fn last_words(&mut self, is_ending: bool) -> Option<String> {
         let mut status = None;
-        for _ in 0..100 {
-            status = self.child.try_wait().ok()?;
-            if status.is_some() {
-                break;
-            }
-            std::thread::sleep(Duration::from_millis(10));
+        if !is_ending {
+            let _ = self.socket.shutdown(Shutdown::Both);
         }
-        if status.is_none() {
-            let _ = self.child.kill();
-            status = self.child.wait().ok();
+        // Should it not end, it has to.
+        let mut complains = [PollFd::from_borrowed_fd(self.complaints.as_fd(), PollFlags::empty())];
+        let _ = poll(&mut complains, Some(&LAST_PATIENCE));
+        if let Some(child) = &mut self.child {
+            let _ = child.kill();
+            status = child.wait().ok().filter(|status| status.signal() != Some(libc::SIGKILL));
         }
         let text = self.said();
         // Without a system log it complains about each of its lines.

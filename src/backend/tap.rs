@@ -2,6 +2,7 @@
 
 #![expect(unsafe_code, reason = "ioctls of tap devices and network interfaces, which rustix lacks")]
 
+use std::borrow::Cow;
 use std::ffi::{c_int, c_short, c_uint};
 use std::fs::File;
 use std::io;
@@ -9,17 +10,23 @@ use std::os::fd::{AsFd, AsRawFd, BorrowedFd, OwnedFd};
 
 use rustix::fs::OFlags;
 use rustix::net::{AddressFamily, SocketFlags, SocketType};
+use serde::{Deserialize, Serialize};
 use thiserror::Error;
 
-use super::host::{HostFile, HostFiles};
+use super::host::HostFiles;
+use super::io_error;
 
 /// The header before each frame, in both directions: `virtio_net_hdr_v1` (virtio 1.2, section 5.1.6).
 pub const HEADER_BYTES: usize = 12;
 
-#[derive(Debug, Error)]
+#[derive(Debug, Error, Serialize, Deserialize)]
 pub enum TapError {
     #[error("cannot open /dev/net/tun")]
-    Open(#[source] io::Error),
+    Open(
+        #[source]
+        #[serde(with = "io_error")]
+        io::Error,
+    ),
     #[error("{0:?} is no interface name: it has to have 1 to 15 bytes, without spaces or slashes")]
     Name(String),
     #[error("there is no tap interface {0}")]
@@ -33,9 +40,14 @@ pub enum TapError {
     #[error("tap {0} was made for one queue")]
     OneQueue(String),
     #[error("the host's tun driver lacks {0}")]
-    Unsupported(&'static str),
+    Unsupported(Cow<'static, str>),
     #[error("tap {name}: {what} failed")]
-    Ioctl { name: String, what: &'static str, source: io::Error },
+    Ioctl {
+        name: String,
+        what: Cow<'static, str>,
+        #[serde(with = "io_error")]
+        source: io::Error,
+    },
 }
 
 impl TapError {
@@ -104,42 +116,18 @@ pub struct Tap {
 impl Tap {
     /// Attaches to the tap called `name` by as many queues; the host spreads flows over them. It has to exist: one
     /// made on the spot would be connected to nothing and vanish with us.
+    ///
+    /// # Errors
+    /// What is wrong with the tap.
     pub fn attach(files: &dyn HostFiles, name: &str, queues: u16) -> Result<Vec<Self>, TapError> {
         check_name(name)?;
-        let socket = any_socket(name)?;
-        match rustix::net::netdevice::name_to_index(&socket, name) {
-            Ok(_) => {}
-            Err(rustix::io::Errno::NODEV) => return Err(TapError::NoSuchTap(name.into())),
-            Err(errno) => return Err(failed(name, "looking it up")(errno.into())),
-        }
-        (0..queues).map(|_| Self::attach_queue(files, name, queues > 1, socket.as_fd())).collect()
-    }
-
-    fn attach_queue(
-        files: &dyn HostFiles,
-        name: &str,
-        several: bool,
-        socket: BorrowedFd<'_>,
-    ) -> Result<Self, TapError> {
-        let file = files.open(&HostFile::Tun).map_err(TapError::Open)?;
-        let fd = file.as_fd();
-        let mut driver: c_uint = 0;
-        ioctl(fd, libc::TUNGETFEATURES, &mut driver).map_err(failed(name, "reading the driver's features"))?;
-        if driver & libc::IFF_VNET_HDR as c_uint == 0 {
-            return Err(TapError::Unsupported("virtio-net headers (IFF_VNET_HDR)"));
-        }
-        set_interface(fd, name, several)?;
-        ioctl(fd, libc::TUNSETVNETHDRSZ, &mut (HEADER_BYTES as c_int))
-            .map_err(failed(name, "setting the header's size"))?;
-        ioctl(fd, libc::TUNSETVNETLE, &mut 1).map_err(failed(name, "setting the header's byte order"))?;
-        rustix::fs::fcntl_setfl(fd, OFlags::RDWR | OFlags::NONBLOCK)
-            .map_err(|errno| failed(name, "making it non-blocking")(errno.into()))?;
-        let mtu = mtu(socket, name).map_err(failed(name, "reading the MTU"))?;
-        let mut tap = Self { file, name: name.into(), mtu, offloads: Offloads::NONE };
-        // Nothing is read before the guest has said what it takes, so what this leaves switched on does no harm.
-        let candidates = [Offloads::ALL, Offloads { uso: false, ..Offloads::ALL }];
-        tap.offloads = candidates.into_iter().find(|&all| tap.offload(all).is_ok()).unwrap_or_default();
-        Ok(tap)
+        let attach = |TapQueue { file, mtu }| {
+            let mut tap = Self { file, name: name.into(), mtu, offloads: Offloads::NONE };
+            let candidates = [Offloads::ALL, Offloads { uso: false, ..Offloads::ALL }];
+            tap.offloads = candidates.into_iter().find(|&all| tap.offload(all).is_ok()).unwrap_or_default();
+            tap
+        };
+        (0..queues).map(|_| files.join_tap(name, queues > 1).map(attach)).collect()
     }
 
     /// A stand-in that keeps packets apart as a tap does, such as one end of a datagram socket pair.
@@ -198,14 +186,54 @@ impl AsFd for Tap {
     }
 }
 
+/// A descriptor that is a queue of a tap, and the most bytes of a packet in it.
+#[derive(Debug)]
+pub struct TapQueue {
+    pub file: File,
+    pub mtu: u16,
+}
+
+/// Joins a tap by one queue, of `several`, in the network namespace of this process.
+///
+/// # Errors
+/// What is wrong with it.
+pub fn join(name: &str, several: bool) -> Result<TapQueue, TapError> {
+    check_name(name)?;
+    let socket = any_socket(name)?;
+    match rustix::net::netdevice::name_to_index(&socket, name) {
+        Ok(_) => {}
+        Err(rustix::io::Errno::NODEV) => return Err(TapError::NoSuchTap(name.into())),
+        Err(errno) => return Err(failed(name, "looking it up")(errno.into())),
+    }
+    let file = open()?;
+    let fd = file.as_fd();
+    let mut driver: c_uint = 0;
+    ioctl(fd, libc::TUNGETFEATURES, &mut driver).map_err(failed(name, "reading the driver's features"))?;
+    if driver & libc::IFF_VNET_HDR as c_uint == 0 {
+        return Err(TapError::Unsupported("virtio-net headers (IFF_VNET_HDR)".into()));
+    }
+    set_interface(fd, name, several)?;
+    ioctl(fd, libc::TUNSETVNETHDRSZ, &mut (HEADER_BYTES as c_int))
+        .map_err(failed(name, "setting the header's size"))?;
+    ioctl(fd, libc::TUNSETVNETLE, &mut 1).map_err(failed(name, "setting the header's byte order"))?;
+    rustix::fs::fcntl_setfl(fd, OFlags::RDWR | OFlags::NONBLOCK)
+        .map_err(|errno| failed(name, "making it non-blocking")(errno.into()))?;
+    let mtu = mtu(socket.as_fd(), name).map_err(failed(name, "reading the MTU"))?;
+    Ok(TapQueue { file, mtu })
+}
+
+fn open() -> Result<File, TapError> {
+    File::options().read(true).write(true).open("/dev/net/tun").map_err(TapError::Open)
+}
+
 /// Makes a tap for so many queues in the network namespace of this process, and sets it up. It stays as long as the
 /// namespace does.
 ///
 /// # Errors
 /// When it is there already and in use, or the host does not let us.
-pub fn create(files: &dyn HostFiles, name: &str, queues: u16) -> Result<(), TapError> {
+pub fn create(name: &str, queues: u16) -> Result<(), TapError> {
     check_name(name)?;
-    let file = files.open(&HostFile::Tun).map_err(TapError::Open)?;
+    let file = open()?;
     set_interface(file.as_fd(), name, queues > 1)?;
     // SAFETY: TUNSETPERSIST takes a number by value.
     check(unsafe { libc::ioctl(file.as_raw_fd(), libc::TUNSETPERSIST as _, 1 as libc::c_ulong) })
@@ -285,7 +313,7 @@ fn ioctl<T>(fd: BorrowedFd<'_>, request: libc::Ioctl, argument: &mut T) -> io::R
 
 fn failed(name: &str, what: &'static str) -> impl FnOnce(io::Error) -> TapError {
     let name = name.to_owned();
-    move |source| TapError::Ioctl { name, what, source }
+    move |source| TapError::Ioctl { name, what: what.into(), source }
 }
 
 fn check(result: c_int) -> io::Result<()> {

@@ -3,15 +3,15 @@
 
 use std::fs::{File, Metadata};
 use std::os::unix::fs::FileExt;
-use std::time::SystemTime;
 
 use super::bzimage::SetupHeader;
-use super::cache::{KernelCache, Key, Store};
 use super::elf;
 use super::error::{Flaw, KernelError};
 use super::image::Image;
 use super::payload::{self, UnpackError};
 use super::{BootFile, regular};
+use crate::backend::KernelCache;
+use crate::backend::kernel_cache::{Key, UnpackedKernels};
 
 /// Bytes read at first: the setup header, or an ELF header and its program headers.
 const HEAD: u64 = 4096;
@@ -68,15 +68,15 @@ impl<'a> Kernel<'a> {
         let store = cache.open();
         // A file of the cache that is no kernel is passed over here, and replaced below.
         let usable = |(file, size)| inner_image(&file, size).ok().map(|image| (file, image));
-        if let Some(found) = store.as_ref().and_then(|store| store.find_by_file(&self.metadata)).and_then(usable) {
+        if let Some(found) = store.as_ref().and_then(|store| store.find_by_file(&self.source.file)).and_then(usable) {
             return Ok(found);
         }
         let payload = header.read_payload(&self.source.file, self.metadata.len())?;
         let key = Key::of(&payload);
-        let remember = |store: &Store| store.remember(&self.metadata, &key, SystemTime::now());
+        let remember = |store: &dyn UnpackedKernels| store.remember(&self.source.file, &key);
         if let Some(found) = store.as_ref().and_then(|store| store.find(&key)).and_then(usable) {
             if let Some(store) = &store {
-                remember(store);
+                remember(&**store);
             }
             return Ok(found);
         }
@@ -85,7 +85,7 @@ impl<'a> Kernel<'a> {
         if let Some(store) = &store
             && store.insert(&key, &file)
         {
-            remember(store);
+            remember(&**store);
         }
         Ok((file, image))
     }

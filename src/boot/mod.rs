@@ -4,7 +4,6 @@
 //! is done once. It is entered by PVH if it says so, else by Linux's 64-bit boot protocol.
 
 mod bzimage;
-mod cache;
 mod cmdline;
 mod elf;
 mod error;
@@ -24,11 +23,11 @@ use std::fs::{File, Metadata};
 use std::io;
 use std::path::PathBuf;
 
-pub use cache::KernelCache;
 pub use error::{BootError, Flaw, Minimum};
 pub use payload::{Format, UnpackError};
 pub use sparse::copy_sparse;
 
+use crate::backend::KernelCache;
 use crate::cpu::EntryPoint;
 use crate::memory::{RamRegions, total_bytes};
 use crate::platform::layout;

@@ -18,6 +18,7 @@ use rustix::process::{Pid, PidfdFlags, Signal, pidfd_open, pidfd_send_signal};
 use super::exit::{self, Exit};
 use super::signals::Signals;
 use crate::api::client::Client;
+use crate::backend::OpenDirectly;
 use crate::backend::netns::NetNamespace;
 use crate::config::{NetBackend, Override, SavedVm};
 use crate::snapshot::Folder;
@@ -107,7 +108,8 @@ pub fn run(args: &CloneArgs) -> ExitCode {
 
 fn run_to_end(args: &CloneArgs) -> Result<u8, Failure> {
     // What is wrong with all of them is told once, before there is any.
-    let folder = Folder::open(&args.dir).map_err(|error| Failure::Told(super::snapshot::report(&error)))?;
+    let folder =
+        Folder::open(&args.dir, &OpenDirectly).map_err(|error| Failure::Told(super::snapshot::report(&error)))?;
     let namespace = args.netns.clone().or_else(|| has_taps(&folder.snapshot.config, args).then(|| "new".into()));
     drop(folder);
     let host = |what, path: &Path| {

@@ -187,7 +187,7 @@ pub fn main(start: Instant) -> ExitCode {
 
 /// Tells the version of a snapshot's state.
 fn describe(path: &Path) -> ExitCode {
-    match Snapshot::read_state(path) {
+    match Snapshot::read_state(path, &OpenDirectly) {
         Ok(_) => {
             exit::print(&format!("v{}.0.0\n", snapshot::FILE_VERSION));
             ExitCode::SUCCESS

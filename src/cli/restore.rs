@@ -104,10 +104,10 @@ pub fn run(args: &RestoreArgs, start: Instant) -> ExitCode {
 }
 
 /// Makes the taps that a VM is to be on, in a network namespace that has none yet.
-fn make_taps(config: &SavedVm, host: &dyn HostFiles) -> Result<(), MachineError> {
+fn make_taps(config: &SavedVm) -> Result<(), MachineError> {
     for nic in &config.nics {
         if let NetBackend::Tap(network) = &nic.config.backend {
-            tap::create(host, &network.name, network.queues)?;
+            tap::create(&network.name, network.queues)?;
         }
     }
     Ok(())
@@ -123,17 +123,17 @@ fn run_to_end(args: &RestoreArgs, timeline: &Arc<Timeline>) -> Result<End, Start
             return Ok(End::Killed);
         }
     }
-    let mut folder = Folder::open(&args.dir)?;
+    let mut folder = Folder::open(&args.dir, &*host)?;
     for change in &args.overrides {
         change.apply(&mut folder.snapshot.config).map_err(StartError::Override)?;
     }
     if let Some(namespace) = &args.netns {
         namespace.enter()?;
         if *namespace == NetNamespace::New {
-            make_taps(&folder.snapshot.config, &*host)?;
+            make_taps(&folder.snapshot.config)?;
         }
     }
-    let snapshot = folder.with_overlays(args.disks.as_deref())?;
+    let snapshot = folder.with_overlays(args.disks.as_deref(), &host)?;
     let mut signals = Signals::block().map_err(resources("listen to signals"))?;
     let socket = args.api_sock.as_ref().map(|path| ApiSocket::listen(path, &*host)).transpose()?;
     let identity = Identity { id: args.id.clone(), ..Identity::tranche(Transport::default()) };

@@ -8,6 +8,7 @@ use clap::{Args, Subcommand};
 use super::api;
 use super::exit::{self, Exit};
 use super::vm::Target;
+use crate::backend::OpenDirectly;
 use crate::config::{MemorySize, NetBackend};
 use crate::snapshot::{Folder, SnapshotError};
 
@@ -90,8 +91,8 @@ fn create(args: &CreateArgs) -> ExitCode {
 }
 
 fn verify(dir: &std::path::Path) -> Result<(), SnapshotError> {
-    let folder = Folder::open(dir)?;
-    let changed = folder.verify()?;
+    let folder = Folder::open(dir, &OpenDirectly)?;
+    let changed = folder.verify(&OpenDirectly)?;
     let parts = folder.manifest.parts.len();
     exit::print(&format!("{}: {parts} parts are as they were written", dir.display()));
     for part in changed {
@@ -102,7 +103,7 @@ fn verify(dir: &std::path::Path) -> Result<(), SnapshotError> {
 }
 
 fn inspect(dir: &std::path::Path, json: bool) -> Result<(), SnapshotError> {
-    let folder = Folder::open(dir)?;
+    let folder = Folder::open(dir, &OpenDirectly)?;
     let (manifest, config) = (&folder.manifest, &folder.snapshot.config);
     if json {
         let text = serde_json::json!({ "manifest": manifest, "config": config });

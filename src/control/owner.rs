@@ -171,7 +171,9 @@ impl Owner {
         calls.extend(description.entropy.map(Call::PutEntropy));
         match description.cpu_config {
             Some(fc::CpuConfigSource::Inline(config)) => calls.push(Call::PutCpuConfig(config)),
-            Some(fc::CpuConfigSource::Path(path)) => calls.push(Call::PutCpuConfig(read_cpu_config(&path)?)),
+            Some(fc::CpuConfigSource::Path(path)) => {
+                calls.push(Call::PutCpuConfig(read_cpu_config(&path, &*self.host)?))
+            }
             None => {}
         }
         let missing = [
@@ -519,10 +521,10 @@ impl Owner {
     }
 }
 
-fn read_cpu_config(path: &Path) -> Result<fc::CpuConfig, Fault> {
+fn read_cpu_config(path: &Path, host: &dyn HostFiles) -> Result<fc::CpuConfig, Fault> {
     let failed = |source| Fault::Open { path: path.display().to_string(), source };
-    let text = std::fs::read(path).map_err(failed)?;
-    serde_json::from_slice(&text).map_err(|error| failed(error.into()))
+    let file = host.open(&HostFile::Read(path.to_owned())).map_err(failed)?;
+    serde_json::from_reader(std::io::BufReader::new(file)).map_err(|error| failed(error.into()))
 }
 
 /// What is not built yet.

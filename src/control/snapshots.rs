@@ -21,6 +21,7 @@ use crate::platform::chips::Clock;
 use crate::snapshot::{
     Folder, NewFiles, NewFolder, NewSnapshot, Overlay, Saved, SavedState, Snapshot, SnapshotError, is_nameless,
 };
+use crate::threads::{self, Kind};
 
 /// A snapshot that is asked for.
 #[derive(Debug, Clone, PartialEq, Eq, Deserialize)]
@@ -122,7 +123,8 @@ pub struct Revival {
 impl Owner {
     pub(super) fn snapshot(&mut self, request: &SnapshotRequest, answerer: Answerer) {
         let begun = Instant::now();
-        let new = || NewFolder::begin(&request.path).map(NewSnapshot::Folder);
+        let host = self.host.clone();
+        let new = || NewFolder::begin(&request.path, &host).map(NewSnapshot::Folder);
         let what = Extent::All { disks: request.disks };
         let begin = self.at_work(Work::Saving, |owner| owner.begin_snapshot(new, what, request.stop, begun));
         self.go_on_saving(begin, begun, request.stop, answerer);
@@ -144,8 +146,9 @@ impl Owner {
             (Extent::Differences, Some(machine)) => Some(machine.memory_bytes()),
             _ => None,
         };
+        let host = self.host.clone();
         let new = || {
-            let new = NewFiles::begin(&request.snapshot_path, &request.mem_file_path)?;
+            let new = NewFiles::begin(&request.snapshot_path, &request.mem_file_path, &host)?;
             merge_with.map_or(Ok(()), |bytes| new.begin_with_what_is_there(bytes))?;
             Ok(NewSnapshot::Files(new))
         };
@@ -167,7 +170,7 @@ impl Owner {
                         wake();
                     }
                 };
-                match std::thread::Builder::new().name("snapshot".into()).spawn(write) {
+                match threads::spawn(Kind::Main, "snapshot", None, write) {
                     Ok(_) => {
                         self.saving = Some(Saving { result, begun, pause, stop, resume, written, answerer });
                     }
@@ -341,9 +344,9 @@ impl Owner {
         if load.vsock_override.is_some() {
             return Err(Fault::Missing("The vsock device"));
         }
-        let (mut config, state) = Snapshot::read_state(&load.snapshot_path)?;
+        let (mut config, state) = Snapshot::read_state(&load.snapshot_path, &*self.host)?;
         let memory = match backend {
-            fc::MemoryBackendType::File => SavedMemory::File(Snapshot::open_memory(path)?),
+            fc::MemoryBackendType::File => SavedMemory::File(Snapshot::open_memory(path, &*self.host)?),
             fc::MemoryBackendType::Uffd => {
                 SavedMemory::Pager(OpenPager::open(path, &*self.host).map_err(MachineError::from)?)
             }
@@ -363,12 +366,12 @@ impl Owner {
         if !self.plan.is_untouched() {
             return Err(Fault::Conflict("A VM has been described already: restore into one that has not.".into()));
         }
-        let mut folder = Folder::open(&request.path)?;
+        let mut folder = Folder::open(&request.path, &*self.host)?;
         for (place, value) in &request.overrides {
             let change: Override = format!("{place}={value}").parse().map_err(Fault::Override)?;
             change.apply(&mut folder.snapshot.config).map_err(Fault::Override)?;
         }
-        let snapshot = folder.with_overlays(request.disks.as_deref())?;
+        let snapshot = folder.with_overlays(request.disks.as_deref(), &self.host)?;
         self.restore(snapshot, Revival { clock: request.clock, track_writes: false })?;
         if request.resume { self.resume() } else { Ok(()) }
     }

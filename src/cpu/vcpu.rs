@@ -17,6 +17,7 @@ use super::state::second_handle;
 use super::{EntryPoint, HostCpuid, StateShape, Topology, VcpuStateV1, msrs};
 use crate::config::MsrChange;
 use crate::observe::Exits;
+use crate::threads::{self, Kind};
 
 #[derive(Debug, Error)]
 pub enum CpuError {
@@ -121,16 +122,14 @@ impl Vcpu {
         let (fd, cpuid) = (self.fd.as_raw_fd(), self.cpuid.clone());
         // The vCPU travels into the thread and back out through the handle's join, which keeps its page mapped
         // for as long as the handle may kick it.
-        let thread = std::thread::Builder::new()
-            .name(format!("{thread}{id}"))
-            .stack_size(STACK)
-            .spawn(move || {
-                // A panic must not unmap the page either, where it unwinds.
-                let mut vcpu = ManuallyDrop::new(self);
-                vcpu.run(page, &*handler, &gate);
-                gate.leave(|| handler.all_parked());
-                ManuallyDrop::into_inner(vcpu)
-            })
+        let run = move || {
+            // A panic must not unmap the page either, where it unwinds.
+            let mut vcpu = ManuallyDrop::new(self);
+            vcpu.run(page, &*handler, &gate);
+            gate.leave(|| handler.all_parked());
+            ManuallyDrop::into_inner(vcpu)
+        };
+        let thread = threads::spawn(Kind::Vcpu, &format!("{thread}{id}"), Some(STACK), run)
             .map_err(|source| CpuError::Thread { id, source })?;
         Ok(VcpuHandle { thread: Some(thread), page, fd, cpuid })
     }

@@ -7,7 +7,8 @@ use std::sync::atomic::{AtomicU32, Ordering};
 use vm_memory::GuestAddress;
 
 use super::memory_files::file;
-use crate::boot::{self, BootError, BootFile, BootSource, KernelCache};
+use crate::backend::KernelCache;
+use crate::boot::{self, BootError, BootFile, BootSource};
 use crate::config::{Backing, DiskConfig, MacAddress, MemorySize, NetConfig, SerialConfig, Transport};
 use crate::kernels::modules::{Index, Selection};
 use crate::kernels::{package as deb, tree};

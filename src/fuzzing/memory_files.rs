@@ -6,7 +6,6 @@ use std::os::fd::AsRawFd;
 use std::os::unix::fs::FileExt;
 use std::os::unix::net::{UnixListener, UnixStream};
 use std::path::{Path, PathBuf};
-use std::process::{Child, Command};
 
 use super::input::Input;
 use crate::backend::{HostFile, HostFiles};
@@ -58,10 +57,6 @@ impl HostFiles for MemoryFiles {
         let (_, file) = self.0.iter().find(|(name, _)| name == path).ok_or(io::ErrorKind::NotFound)?;
         // A description of its own, as locks belong to those.
         File::options().read(true).write(!read_only).open(format!("/proc/self/fd/{}", file.as_raw_fd()))
-    }
-
-    fn start(&self, _program: &mut Command) -> io::Result<Child> {
-        Err(io::ErrorKind::Unsupported.into())
     }
 
     fn connect(&self, _path: &Path) -> io::Result<UnixStream> {

@@ -4,7 +4,6 @@ use std::fs::{self, File};
 use std::io;
 use std::os::unix::net::{UnixListener, UnixStream};
 use std::path::{Path, PathBuf};
-use std::process::{Child, Command};
 
 use serde_json::{Value, json};
 use sha2::{Digest, Sha256};
@@ -115,8 +114,10 @@ pub fn restore(input: &[u8]) -> Option<Result<(), String>> {
     File::create(&memory).and_then(|file| file.set_len(MEMORY_SIZE)).expect("room for a file with holes");
 
     let opened = match which {
-        FILE => Snapshot::open_files(&dir.0.join(name), &memory),
-        _ => Folder::open(&dir.0).and_then(|folder| folder.verify().map(|_| folder.snapshot)),
+        FILE => Snapshot::open_files(&dir.0.join(name), &memory, &OpenDirectly),
+        _ => {
+            Folder::open(&dir.0, &OpenDirectly).and_then(|folder| folder.verify(&OpenDirectly).map(|_| folder.snapshot))
+        }
     };
     let snapshot = match opened {
         Ok(snapshot) => snapshot,
@@ -165,10 +166,6 @@ impl HostFiles for Host {
             }
             _ => Err(io::ErrorKind::NotFound.into()),
         }
-    }
-
-    fn start(&self, _program: &mut Command) -> io::Result<Child> {
-        Err(io::ErrorKind::NotFound.into())
     }
 
     fn connect(&self, _path: &Path) -> io::Result<UnixStream> {

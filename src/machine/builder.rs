@@ -23,7 +23,7 @@ use super::pager::Pager;
 use super::parts::{OpenNic, Origin, Parts, SavedMemory, SerialSetup};
 use super::saved::MachineStateV1;
 use crate::backend::{HostFile, HostFiles};
-use crate::boot::{self, BootSource, KernelCache};
+use crate::boot::{self, BootSource};
 use crate::config::{CpuChanges, MemoryPages, MsrChange, check_size, check_threads};
 use crate::cpu::{self, EntryPoint, HostCpuid, StateShape, Topology, Vcpu, Vcpus};
 use crate::memory::{self, Ram};
@@ -71,7 +71,7 @@ impl Machine {
         let Begun { vcpus, window_64, saved, pager } = match origin {
             Origin::Kernel { kernel, initrd, cmdline } => {
                 let source = BootSource { kernel, initrd, cmdline, rsdp: layout::ACPI };
-                let entry = boot::load(&ram, &source, &KernelCache::of_user())?;
+                let entry = boot::load(&ram, &source, &host.kernel_cache())?;
                 timeline.mark(Milestone::KernelLoaded);
                 let window_64 = layout::pci_window_64(cpuid.physical_address_bits());
                 let pci = devices::has_pci(transport).then_some(PciTables { window_64 });

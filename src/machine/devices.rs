@@ -23,6 +23,7 @@ use crate::platform::bus::shared;
 use crate::platform::interrupts::Interrupts;
 use crate::platform::layout::{self, MmioPlace};
 use crate::platform::pci::{CONFIG_PORTS, CONFIG_PORTS_LEN, ConfigPorts, Ecam, PciRoot};
+use crate::threads::{self, Kind};
 use crate::virtio::DeviceEvents;
 use crate::virtio::mmio::{self, VirtioMmio};
 use crate::virtio::pci::VirtioPci;
@@ -357,8 +358,7 @@ impl Devices {
             told.dismantled(slot);
         };
         // On a thread of its own: a request may hang with its host, and the owner is not to wait for it.
-        let thread = std::thread::Builder::new().name("unplug".into()).stack_size(DISMANTLING_STACK);
-        if let Err(error) = thread.spawn(dismantle) {
+        if let Err(error) = threads::spawn(Kind::Main, "unplug", Some(DISMANTLING_STACK), dismantle) {
             // The function has gone with the closure.
             tracing::warn!("no thread to take {} apart: {error}", device.id);
             events.dismantled(slot);

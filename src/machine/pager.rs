@@ -21,6 +21,7 @@ use super::lifecycle::End;
 use crate::backend::{HostFile, HostFiles};
 use crate::memory::RamRegions;
 use crate::memory::userfault::{Mapping, Userfault, process_of_peer};
+use crate::threads::{self, Kind};
 
 #[derive(Debug, Error)]
 pub enum PagerError {
@@ -106,7 +107,7 @@ impl Pager {
         let process = process_of_peer(&socket);
         let stop = Arc::new(eventfd(0, EventfdFlags::CLOEXEC)?);
         let stopped = stop.clone();
-        std::thread::Builder::new().name("pager".into()).spawn(move || {
+        threads::spawn(Kind::Main, "pager", None, move || {
             // It may hang up and go on serving. One whose process we cannot see is trusted to.
             let gone = wait_for(socket.as_fd(), PollFlags::RDHUP, &stopped)
                 && process.is_some_and(|process| wait_for(process.as_fd(), PollFlags::IN, &stopped));

@@ -9,8 +9,10 @@ mod startup;
 pub mod userfault;
 pub mod written;
 
+use std::fs::File;
+use std::io;
 use std::num::NonZeroUsize;
-use std::sync::Arc;
+use std::sync::{Arc, OnceLock};
 
 use thiserror::Error;
 use vm_memory::mmap::{MmapRegionBuilder, MmapRegionError};
@@ -28,6 +30,20 @@ pub type RamRegions = GuestMemoryMmap<DirtyBitmap>;
 pub type Ram = Arc<RamRegions>;
 
 pub const PAGE_SIZE: u64 = 4096;
+
+static PAGEMAP: OnceLock<File> = OnceLock::new();
+
+/// What the host tells of this process's pages (Documentation/admin-guide/mm/pagemap.rst).
+///
+/// # Errors
+/// The host's. Who cannot open files later on, asks for it before.
+pub fn pagemap() -> io::Result<&'static File> {
+    if let Some(pagemap) = PAGEMAP.get() {
+        return Ok(pagemap);
+    }
+    let pagemap = File::open("/proc/self/pagemap")?;
+    Ok(PAGEMAP.get_or_init(|| pagemap))
+}
 const HUGE_PAGE: usize = 2 << 20;
 
 #[derive(Debug, Error)]

@@ -43,7 +43,7 @@ type ForEach = fn(&File, Range<usize>, &mut dyn FnMut(Range<usize>) -> io::Resul
 
 fn save_pages(ram: &RamRegions, file: &File, for_each: ForEach) -> io::Result<()> {
     file.set_len(super::total_bytes(ram))?;
-    let pagemap = File::open("/proc/self/pagemap")?;
+    let pagemap = super::pagemap()?;
     let mut start = 0;
     for region in ram.iter() {
         let mapping: &MmapRegion<DirtyBitmap> = region;
@@ -55,7 +55,7 @@ fn save_pages(ram: &RamRegions, file: &File, for_each: ForEach) -> io::Result<()
             None => false,
         };
         let host = mapping.as_ptr().addr();
-        for_each(&pagemap, host..host + mapping.size(), &mut |pages| {
+        for_each(pagemap, host..host + mapping.size(), &mut |pages| {
             let page_is_zero = |page: usize| is_zero(mapping, page - host);
             let mut rest = pages;
             while !rest.is_empty() {
@@ -419,13 +419,13 @@ mod tests {
             let ram = anonymous(&RANGES[..1]).unwrap();
             let low: Vec<_> = touches.into_iter().filter(|touch| touch.0 < 64).collect();
             apply(&ram, &low);
-            let pagemap = File::open("/proc/self/pagemap").unwrap();
+            let pagemap = crate::memory::pagemap().unwrap();
             let start = ram.iter().next().unwrap().as_ptr().addr();
             let range = start..start + 64 * PAGE.get();
             let mut read = Vec::new();
             for_each_own_by_reading(pagemap.as_fd(), range.clone(), &mut |run| { read.push(run); Ok(()) }).unwrap();
             let mut scanned = Vec::new();
-            for_each_own(&pagemap, range, &mut |run| { scanned.push(run); Ok(()) }).unwrap();
+            for_each_own(pagemap, range, &mut |run| { scanned.push(run); Ok(()) }).unwrap();
             let written: std::collections::BTreeSet<_> =
                 low.iter().filter(|t| matches!(t.1, Touch::Write(_))).map(|t| start + t.0 as usize * PAGE.get()).collect();
             // A page that was only read may be there, as the zero page; one that was written has to be.

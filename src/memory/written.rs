@@ -57,11 +57,11 @@ impl Written {
 /// # Errors
 /// The host's.
 pub fn save_own(ram: &RamRegions, file: &File) -> io::Result<()> {
-    let pagemap = File::open("/proc/self/pagemap")?;
+    let pagemap = super::pagemap()?;
     let mut start = 0;
     for region in ram.iter() {
         let host = region.as_ptr().addr();
-        for_each_own(&pagemap, host..host + region.size(), &mut |pages| {
+        for_each_own(pagemap, host..host + region.size(), &mut |pages| {
             let at = pages.start - host;
             write_all(region, at, pages.len(), file, start + at as u64)
         })?;

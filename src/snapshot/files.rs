@@ -1,14 +1,16 @@
 //! A snapshot in two files, as Firecracker's clients ask for it: one for the state, one for memory.
 
-use std::fs::{self, File, OpenOptions};
+use std::fs::File;
 use std::io::{self, Write};
 use std::path::{Path, PathBuf};
+use std::sync::Arc;
 
 use serde::{Deserialize, Serialize};
 
-use super::folder::{beside, parent, parse, read_document};
+use super::folder::{beside, parse, read_document};
 use super::manifest;
 use super::{Saved, SavedState, Snapshot, SnapshotError};
+use crate::backend::{Deed, HostFile, HostFiles, Right};
 use crate::config::SavedVm;
 use crate::memory::saved::copy_data;
 
@@ -25,8 +27,8 @@ struct Document<C, S> {
 }
 
 /// Two files that are being written, beside their names. Dropping this leaves nothing behind.
-#[derive(Debug)]
 pub struct NewFiles {
+    host: Arc<dyn HostFiles>,
     state_path: PathBuf,
     memory_path: PathBuf,
     memory: File,
@@ -37,11 +39,23 @@ impl NewFiles {
     ///
     /// # Errors
     /// When there is no place for them.
-    pub fn begin(state_path: &Path, memory_path: &Path) -> Result<Self, SnapshotError> {
-        let partial = beside(memory_path);
-        let memory = OpenOptions::new().read(true).write(true).create(true).truncate(true).open(&partial);
+    pub fn begin(state_path: &Path, memory_path: &Path, host: &Arc<dyn HostFiles>) -> Result<Self, SnapshotError> {
+        let memory = host.open(&HostFile::Replacement(beside(memory_path)));
         let memory = memory.map_err(|source| SnapshotError::Write { path: memory_path.to_owned(), source })?;
-        Ok(Self { state_path: state_path.to_owned(), memory_path: memory_path.to_owned(), memory })
+        let (state_path, memory_path) = (state_path.to_owned(), memory_path.to_owned());
+        Ok(Self { host: host.clone(), state_path, memory_path, memory })
+    }
+
+    /// What it takes to make one of the files.
+    #[must_use]
+    pub fn rights(path: &Path) -> Vec<Right> {
+        let (path, partial) = (path.to_owned(), beside(path));
+        vec![
+            Right::Open(HostFile::Replacement(partial.clone())),
+            Right::Open(HostFile::Read(path.clone())),
+            Right::Perform(Deed::RemoveFile(partial.clone())),
+            Right::Perform(Deed::Replace { from: partial, to: path }),
+        ]
     }
 
     /// Takes over what is in the memory's file, if it is one of so many bytes: what is written then goes over it.
@@ -56,7 +70,7 @@ impl NewFiles {
             self.memory.set_len(bytes)?;
             copy_data(&there, &self.memory, 0..bytes)
         };
-        match File::open(&self.memory_path) {
+        match self.host.open(&HostFile::Read(self.memory_path.clone())) {
             Err(error) if error.kind() == io::ErrorKind::NotFound => Ok(()),
             there => there.and_then(take_over),
         }
@@ -82,16 +96,15 @@ impl NewFiles {
         };
         self.write_state(&document).map_err(|source| SnapshotError::Write { path: self.state_path.clone(), source })?;
         let placed = self.memory.sync_all().and_then(|()| {
-            fs::rename(beside(&self.memory_path), &self.memory_path)?;
-            fs::rename(beside(&self.state_path), &self.state_path)?;
-            File::open(parent(&self.memory_path))?.sync_all()?;
-            File::open(parent(&self.state_path))?.sync_all()
+            [&self.memory_path, &self.state_path]
+                .into_iter()
+                .try_for_each(|path| self.host.perform(&Deed::Replace { from: beside(path), to: path.clone() }))
         });
         placed.map_err(|source| SnapshotError::Write { path: self.memory_path.clone(), source })
     }
 
     fn write_state(&self, document: &impl Serialize) -> io::Result<()> {
-        let mut file = OpenOptions::new().write(true).create(true).truncate(true).open(beside(&self.state_path))?;
+        let mut file = self.host.open(&HostFile::Replacement(beside(&self.state_path)))?;
         file.write_all(&serde_json::to_vec(document)?)?;
         file.sync_all()
     }
@@ -100,8 +113,9 @@ impl NewFiles {
 impl Drop for NewFiles {
     fn drop(&mut self) {
         // They are not there any more if they are in their places.
-        let _ = fs::remove_file(beside(&self.memory_path));
-        let _ = fs::remove_file(beside(&self.state_path));
+        for path in [&self.memory_path, &self.state_path] {
+            let _ = self.host.perform(&Deed::RemoveFile(beside(path)));
+        }
     }
 }
 
@@ -110,8 +124,8 @@ impl Snapshot {
     ///
     /// # Errors
     /// What is wrong with it.
-    pub fn read_state(path: &Path) -> Result<(SavedVm, SavedState), SnapshotError> {
-        let text = read_document(path)?;
+    pub fn read_state(path: &Path, host: &dyn HostFiles) -> Result<(SavedVm, SavedState), SnapshotError> {
+        let text = read_document(path, host)?;
         #[derive(Deserialize)]
         struct Version {
             format: String,
@@ -132,16 +146,17 @@ impl Snapshot {
     ///
     /// # Errors
     /// What is wrong with which of them.
-    pub fn open_files(state_path: &Path, memory_path: &Path) -> Result<Self, SnapshotError> {
-        let (config, state) = Self::read_state(state_path)?;
-        Ok(Self { config, state, memory: Self::open_memory(memory_path)?, overlays: Vec::new() })
+    pub fn open_files(state_path: &Path, memory_path: &Path, host: &dyn HostFiles) -> Result<Self, SnapshotError> {
+        let (config, state) = Self::read_state(state_path, host)?;
+        Ok(Self { config, state, memory: Self::open_memory(memory_path, host)?, overlays: Vec::new() })
     }
 
     /// Opens the file of a memory.
     ///
     /// # Errors
     /// When it cannot be read.
-    pub fn open_memory(path: &Path) -> Result<File, SnapshotError> {
-        File::open(path).map_err(|source| SnapshotError::Read { path: path.to_owned(), source })
+    pub fn open_memory(path: &Path, host: &dyn HostFiles) -> Result<File, SnapshotError> {
+        host.open(&HostFile::Read(path.to_owned()))
+            .map_err(|source| SnapshotError::Read { path: path.to_owned(), source })
     }
 }

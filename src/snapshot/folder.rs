@@ -1,9 +1,9 @@
 //! A snapshot's directory: written whole or not at all, and read with a critical eye.
 
-use std::fs::{self, File, OpenOptions};
+use std::fs::File;
 use std::io::{self, Read, Write};
-use std::os::fd::AsFd;
 use std::path::{Path, PathBuf};
+use std::sync::Arc;
 use std::time::SystemTime;
 
 use rustix::fs::FlockOperation;
@@ -13,10 +13,11 @@ use super::manifest::{self, CpuNeeds, Manifest, PartEntry};
 use super::memory_digest::{digest, digest_of};
 use super::{Overlay, Saved, Snapshot, SnapshotError};
 use crate::backend::disk::Layer;
+use crate::backend::{Deed, HostFile, HostFiles, Right};
 use crate::config::{SavedDisk, SavedVm};
 use crate::memory::saved::Data;
 use crate::observe::rfc3339;
-use crate::shelf::{rename_to_free, sync_parent};
+use crate::shelf::is_taken;
 
 const MANIFEST: &str = "manifest.json";
 const CONFIG: &str = "config.json";
@@ -27,13 +28,13 @@ const MEMORY: &str = "memory";
 const LARGEST_DOCUMENT: u64 = 64 << 20;
 
 /// A directory that is being written. Dropping this leaves nothing behind.
-#[derive(Debug)]
 pub struct NewFolder {
+    host: Arc<dyn HostFiles>,
     path: PathBuf,
     /// Where it is until it is whole.
     partial: PathBuf,
-    /// The directory, locked: what is partial and not locked belongs to nobody any more.
-    _lock: File,
+    /// What is partial and not locked belongs to nobody any more.
+    dir: File,
     memory: File,
     disks: Vec<StoredFile>,
     finished: bool,
@@ -44,32 +45,46 @@ impl NewFolder {
     ///
     /// # Errors
     /// When there is something, or nothing can be.
-    pub fn begin(path: &Path) -> Result<Self, SnapshotError> {
+    pub fn begin(path: &Path, host: &Arc<dyn HostFiles>) -> Result<Self, SnapshotError> {
         let failed = |source| SnapshotError::Write { path: path.to_owned(), source };
-        if fs::symlink_metadata(path).is_ok() {
+        if host.open(&HostFile::Place(path.to_owned())).is_ok() {
             return Err(SnapshotError::Exists(path.to_owned()));
         }
         if path.file_name().is_none() {
             return Err(failed(io::ErrorKind::InvalidInput.into()));
         }
         let partial = beside(path);
-        remove_abandoned(&partial).map_err(failed)?;
-        fs::create_dir(&partial).map_err(failed)?;
+        remove_abandoned(&partial, &**host).map_err(failed)?;
+        host.perform(&Deed::MakeDir(partial.clone())).map_err(failed)?;
         let prepare = || -> io::Result<(File, File)> {
-            let lock = File::open(&partial)?;
+            let lock = host.open(&HostFile::Read(partial.clone()))?;
             rustix::fs::flock(&lock, FlockOperation::NonBlockingLockExclusive)?;
-            let memory = OpenOptions::new().read(true).write(true).create_new(true).open(partial.join(MEMORY))?;
+            let memory = host.open(&HostFile::New(partial.join(MEMORY)))?;
             Ok((lock, memory))
         };
         match prepare() {
-            Ok((lock, memory)) => {
-                Ok(Self { path: path.to_owned(), partial, _lock: lock, memory, disks: Vec::new(), finished: false })
+            Ok((dir, memory)) => {
+                let (host, path, disks) = (host.clone(), path.to_owned(), Vec::new());
+                Ok(Self { host, path, partial, dir, memory, disks, finished: false })
             }
             Err(error) => {
-                let _ = fs::remove_dir_all(&partial);
+                let _ = host.perform(&Deed::RemoveTree(partial));
                 Err(failed(error))
             }
         }
+    }
+
+    /// What it takes to make a snapshot there.
+    #[must_use]
+    pub fn rights(path: &Path) -> Vec<Right> {
+        let partial = beside(path);
+        vec![
+            Right::Open(HostFile::Place(path.to_owned())),
+            Right::Perform(Deed::MakeDir(partial.clone())),
+            Right::Perform(Deed::RemoveTree(partial.clone())),
+            Right::Perform(Deed::Place { from: partial.clone(), to: path.to_owned() }),
+            Right::Below(partial),
+        ]
     }
 
     /// Where guest memory goes.
@@ -83,7 +98,7 @@ impl NewFolder {
     /// # Errors
     /// The host's.
     pub fn store(&mut self, number: usize, disk: &mut SavedDisk, layers: &[Layer]) -> Result<(), SnapshotError> {
-        let stored = disks::store(&self.partial, number, disk, layers);
+        let stored = disks::store(&*self.host, &self.partial, number, disk, layers);
         self.disks.extend(stored.map_err(|source| SnapshotError::Write { path: self.path.clone(), source })?);
         Ok(())
     }
@@ -106,9 +121,9 @@ impl NewFolder {
             parts,
         };
         self.write_document(MANIFEST, &manifest).map_err(failed)?;
-        self.place().map_err(|source| match source.kind() {
-            io::ErrorKind::AlreadyExists => SnapshotError::Exists(self.path.clone()),
-            _ => SnapshotError::Write { path: self.path.clone(), source },
+        self.place().map_err(|source| match is_taken(&source) {
+            true => SnapshotError::Exists(self.path.clone()),
+            false => SnapshotError::Write { path: self.path.clone(), source },
         })?;
         self.finished = true;
         Ok(())
@@ -136,40 +151,39 @@ impl NewFolder {
     fn write_document(&self, name: &str, document: &impl serde::Serialize) -> io::Result<PartEntry> {
         let mut text = serde_json::to_vec_pretty(document)?;
         text.push(b'\n');
-        let mut file = OpenOptions::new().write(true).create_new(true).open(self.partial.join(name))?;
+        let mut file = self.host.open(&HostFile::New(self.partial.join(name)))?;
         file.write_all(&text)?;
         file.sync_data()?;
         Ok(PartEntry { name: name.into(), size: text.len() as u64, sha256: digest_of(&text) })
     }
 
     fn place(&self) -> io::Result<()> {
-        match File::open(self.partial.join(DISKS)) {
+        match self.host.open(&HostFile::Read(self.partial.join(DISKS))) {
             Err(error) if error.kind() == io::ErrorKind::NotFound => {}
             disks => disks?.sync_all()?,
         }
-        File::open(&self.partial)?.sync_all()?;
-        rename_to_free(&self.partial, &self.path)?;
-        sync_parent(&self.path)
+        self.dir.sync_all()?;
+        self.host.perform(&Deed::Place { from: self.partial.clone(), to: self.path.clone() })
     }
 }
 
 impl Drop for NewFolder {
     fn drop(&mut self) {
         if !self.finished {
-            let _ = fs::remove_dir_all(&self.partial);
+            let _ = self.host.perform(&Deed::RemoveTree(self.partial.clone()));
         }
     }
 }
 
 /// Removes what a process has left that was killed while it wrote; not what one is writing.
-fn remove_abandoned(partial: &Path) -> io::Result<()> {
-    let dir = match File::open(partial) {
+fn remove_abandoned(partial: &Path, host: &dyn HostFiles) -> io::Result<()> {
+    let dir = match host.open(&HostFile::Read(partial.to_owned())) {
         Ok(dir) => dir,
         Err(error) if error.kind() == io::ErrorKind::NotFound => return Ok(()),
         Err(error) => return Err(error),
     };
-    match rustix::fs::flock(dir.as_fd(), FlockOperation::NonBlockingLockExclusive) {
-        Ok(()) => fs::remove_dir_all(partial),
+    match rustix::fs::flock(&dir, FlockOperation::NonBlockingLockExclusive) {
+        Ok(()) => host.perform(&Deed::RemoveTree(partial.to_owned())),
         Err(_) => Err(io::Error::other("another process is just writing a snapshot of this name")),
     }
 }
@@ -188,7 +202,6 @@ pub fn parent(path: &Path) -> &Path {
 
 /// A snapshot, opened: its parts are there and as long as they should be, and its state is as it was written. Memory is
 /// not read.
-#[derive(Debug)]
 pub struct Folder {
     path: PathBuf,
     pub manifest: Manifest,
@@ -198,17 +211,17 @@ pub struct Folder {
 impl Folder {
     /// # Errors
     /// What is wrong with it, and with which part.
-    pub fn open(path: &Path) -> Result<Self, SnapshotError> {
-        let manifest = Self::read_manifest(path)?;
-        let state_text = read_part(path, &manifest, STATE)?;
+    pub fn open(path: &Path, host: &dyn HostFiles) -> Result<Self, SnapshotError> {
+        let manifest = Self::read_manifest(path, host)?;
+        let state_text = read_part(path, &manifest, STATE, host)?;
         check_digest(path, &manifest, STATE, &digest_of(&state_text))?;
         let state = parse(&path.join(STATE), &state_text)?;
         // This one may be changed, also in length.
         let config = path.join(CONFIG);
-        let config: SavedVm = parse(&config, &read_document(&config)?)?;
-        check_disks(path, &manifest, &config)?;
+        let config: SavedVm = parse(&config, &read_document(&config, host)?)?;
+        check_disks(path, &manifest, &config, host)?;
         let memory_path = path.join(MEMORY);
-        let memory = File::open(&memory_path).map_err(|source| missing_or(memory_path, source))?;
+        let memory = open(&memory_path, host).map_err(|source| missing_or(memory_path, source))?;
         check_size(path, &manifest, MEMORY, &memory)?;
         Ok(Self { path: path.to_owned(), manifest, snapshot: Snapshot { config, state, memory, overlays: Vec::new() } })
     }
@@ -218,17 +231,17 @@ impl Folder {
     ///
     /// # Errors
     /// What keeps us from making those.
-    pub fn with_overlays(self, keep: Option<&Path>) -> Result<Snapshot, SnapshotError> {
+    pub fn with_overlays(self, keep: Option<&Path>, host: &Arc<dyn HostFiles>) -> Result<Snapshot, SnapshotError> {
         let Self { path, mut snapshot, .. } = self;
         if snapshot.config.disks.iter().any(|disk| disk.stored) {
-            let folder = path.canonicalize().map_err(|source| SnapshotError::Read { path, source })?;
+            let folder = host.canonical(&path).map_err(|source| SnapshotError::Read { path, source })?;
             for disk in snapshot.config.disks.iter_mut().filter(|disk| disk.stored) {
                 disk.stored = false;
                 let config = &mut disk.config;
                 let behind = config.image.backing.iter_mut().map(|backing| &mut backing.path);
                 std::iter::once(&mut config.path).chain(behind).for_each(|path| *path = folder.join(&path));
                 if !config.read_only {
-                    snapshot.overlays.push(Overlay::put_over(disk, keep)?);
+                    snapshot.overlays.push(Overlay::put_over(disk, keep, host)?);
                 }
             }
         }
@@ -239,8 +252,8 @@ impl Folder {
     ///
     /// # Errors
     /// When it is none, or of a later format.
-    pub fn read_manifest(path: &Path) -> Result<Manifest, SnapshotError> {
-        let text = match read_document(&path.join(MANIFEST)) {
+    pub fn read_manifest(path: &Path, host: &dyn HostFiles) -> Result<Manifest, SnapshotError> {
+        let text = match read_document(&path.join(MANIFEST), host) {
             Err(SnapshotError::Read { source, .. })
                 if matches!(source.kind(), io::ErrorKind::NotFound | io::ErrorKind::NotADirectory) =>
             {
@@ -277,18 +290,18 @@ impl Folder {
     ///
     /// # Errors
     /// The first part that is not as it was written.
-    pub fn verify(&self) -> Result<Vec<&'static str>, SnapshotError> {
+    pub fn verify(&self, host: &dyn HostFiles) -> Result<Vec<&'static str>, SnapshotError> {
         let memory_path = self.path.join(MEMORY);
         let sha256 =
             digest(&self.snapshot.memory).map_err(|source| SnapshotError::Read { path: memory_path, source })?;
         check_digest(&self.path, &self.manifest, MEMORY, &sha256)?;
         for part in self.manifest.parts.iter().filter(|part| is_of_a_disk(&part.name)) {
             let path = self.path.join(&part.name);
-            let sha256 = File::open(&path).and_then(|file| digest(&file));
+            let sha256 = open(&path, host).and_then(|file| digest(&file));
             let sha256 = sha256.map_err(|source| SnapshotError::Read { path, source })?;
             check_digest(&self.path, &self.manifest, &part.name, &sha256)?;
         }
-        let config = read_document(&self.path.join(CONFIG))?;
+        let config = read_document(&self.path.join(CONFIG), host)?;
         let changed = check_digest(&self.path, &self.manifest, CONFIG, &digest_of(&config)).is_err();
         Ok(changed.then_some(CONFIG).into_iter().collect())
     }
@@ -299,7 +312,7 @@ fn is_of_a_disk(name: &str) -> bool {
 }
 
 /// Each disk of the snapshot has to lie in files of it, which are as long as they were.
-fn check_disks(path: &Path, manifest: &Manifest, config: &SavedVm) -> Result<(), SnapshotError> {
+fn check_disks(path: &Path, manifest: &Manifest, config: &SavedVm, host: &dyn HostFiles) -> Result<(), SnapshotError> {
     for disk in config.disks.iter().filter(|disk| disk.stored) {
         let behind = disk.config.image.backing.iter().map(|backing| &backing.path);
         for file in std::iter::once(&disk.config.path).chain(behind) {
@@ -310,24 +323,28 @@ fn check_disks(path: &Path, manifest: &Manifest, config: &SavedVm) -> Result<(),
                 file: file.clone(),
             })?;
             let stored = path.join(name);
-            let open = File::open(&stored).map_err(|source| missing_or(stored, source))?;
-            check_size(path, manifest, name, &open)?;
+            let file = open(&stored, host).map_err(|source| missing_or(stored, source))?;
+            check_size(path, manifest, name, &file)?;
         }
     }
     Ok(())
 }
 
-fn read_part(path: &Path, manifest: &Manifest, name: &str) -> Result<Vec<u8>, SnapshotError> {
+fn read_part(path: &Path, manifest: &Manifest, name: &str, host: &dyn HostFiles) -> Result<Vec<u8>, SnapshotError> {
     let part = path.join(name);
-    let file = File::open(&part).map_err(|source| missing_or(part.clone(), source))?;
+    let file = open(&part, host).map_err(|source| missing_or(part.clone(), source))?;
     check_size(path, manifest, name, &file)?;
-    read_document(&part)
+    read_document(&part, host)
 }
 
-pub fn read_document(path: &Path) -> Result<Vec<u8>, SnapshotError> {
+fn open(path: &Path, host: &dyn HostFiles) -> io::Result<File> {
+    host.open(&HostFile::Read(path.to_owned()))
+}
+
+pub fn read_document(path: &Path, host: &dyn HostFiles) -> Result<Vec<u8>, SnapshotError> {
     let failed = |source| SnapshotError::Read { path: path.to_owned(), source };
     let mut text = Vec::new();
-    File::open(path).and_then(|file| file.take(LARGEST_DOCUMENT + 1).read_to_end(&mut text)).map_err(failed)?;
+    open(path, host).and_then(|file| file.take(LARGEST_DOCUMENT + 1).read_to_end(&mut text)).map_err(failed)?;
     if text.len() as u64 > LARGEST_DOCUMENT {
         return Err(SnapshotError::Damaged { path: path.to_owned(), what: "it is far too long".into() });
     }

@@ -52,7 +52,6 @@ pub struct SavedState {
 }
 
 /// A snapshot that can be restored. Memory has not been looked at.
-#[derive(Debug)]
 pub struct Snapshot {
     pub config: SavedVm,
     pub state: SavedState,
@@ -62,7 +61,6 @@ pub struct Snapshot {
 }
 
 /// A snapshot that is being written. Dropping it leaves nothing behind.
-#[derive(Debug)]
 pub enum NewSnapshot {
     Folder(NewFolder),
     Files(NewFiles),

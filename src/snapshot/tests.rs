@@ -3,11 +3,17 @@
 use std::fs;
 use std::os::unix::fs::FileExt;
 use std::path::{Path, PathBuf};
+use std::sync::Arc;
 
 use proptest::prelude::*;
 
 use super::*;
+use crate::backend::{HostFiles, OpenDirectly};
 use crate::machine::tests::saved_for_tests;
+
+fn host() -> Arc<dyn HostFiles> {
+    Arc::new(OpenDirectly)
+}
 
 fn saved() -> Option<Saved> {
     let (config, machine) = saved_for_tests()?;
@@ -17,7 +23,7 @@ fn saved() -> Option<Saved> {
 /// A snapshot of a machine with 64 MiB that hold a few words.
 fn folder(dir: &Path) -> Option<PathBuf> {
     let path = dir.join("snap");
-    let new = NewFolder::begin(&path).unwrap();
+    let new = NewFolder::begin(&path, &host()).unwrap();
     new.memory().set_len(64 << 20).unwrap();
     new.memory().write_all_at(b"words", 0x1000).unwrap();
     new.finish(&saved()?).unwrap();
@@ -36,9 +42,9 @@ fn a_snapshot_is_there_whole_or_not_at_all() {
     let Some(saved) = saved() else { return };
     let dir = tempfile::tempdir().unwrap();
     let path = dir.path().join("snap");
-    let new = NewFolder::begin(&path).unwrap();
+    let new = NewFolder::begin(&path, &host()).unwrap();
     assert_eq!(names(dir.path()), [".snap.partial"]);
-    let error = NewFolder::begin(&path).unwrap_err();
+    let error = NewFolder::begin(&path, &host()).err().unwrap();
     assert!(
         matches!(&error, SnapshotError::Write { source, .. } if source.to_string().contains("another process")),
         "{error:?}"
@@ -49,15 +55,15 @@ fn a_snapshot_is_there_whole_or_not_at_all() {
     // What a killed process has left.
     fs::create_dir(dir.path().join(".snap.partial")).unwrap();
     fs::write(dir.path().join(".snap.partial/memory"), "half").unwrap();
-    let new = NewFolder::begin(&path).unwrap();
+    let new = NewFolder::begin(&path, &host()).unwrap();
     new.memory().set_len(64 << 20).unwrap();
     new.finish(&saved).unwrap();
     assert_eq!(names(dir.path()), ["snap"]);
     assert_eq!(names(&path), ["config.json", "manifest.json", "memory", "state.json"]);
-    assert!(matches!(NewFolder::begin(&path), Err(SnapshotError::Exists(_))));
+    assert!(matches!(NewFolder::begin(&path, &host()), Err(SnapshotError::Exists(_))));
 
     // One that comes in between is not replaced.
-    let new = NewFolder::begin(&dir.path().join("other")).unwrap();
+    let new = NewFolder::begin(&dir.path().join("other"), &host()).unwrap();
     fs::create_dir(dir.path().join("other")).unwrap();
     assert!(matches!(new.finish(&saved), Err(SnapshotError::Exists(_))));
     assert_eq!(names(dir.path()), ["other", "snap"]);
@@ -67,16 +73,16 @@ fn a_snapshot_is_there_whole_or_not_at_all() {
 fn what_was_written_is_read() {
     let dir = tempfile::tempdir().unwrap();
     let Some(path) = folder(dir.path()) else { return };
-    let folder = Folder::open(&path).unwrap();
+    let folder = Folder::open(&path, &OpenDirectly).unwrap();
     let saved = saved().unwrap();
     assert_eq!(folder.snapshot.config, saved.config);
     assert!(folder.stored_memory().unwrap() <= 64 << 10);
-    assert!(folder.verify().unwrap().is_empty());
+    assert!(folder.verify(&OpenDirectly).unwrap().is_empty());
     assert!(!folder.manifest.cpu.features.is_empty());
 
     let text = fs::read_to_string(path.join("config.json")).unwrap();
     fs::write(path.join("config.json"), text.replace("pci", "pci ").replace("\"pci \"", "\"pci\"") + "\n\n").unwrap();
-    assert_eq!(Folder::open(&path).unwrap().verify().unwrap(), ["config.json"]);
+    assert_eq!(Folder::open(&path, &OpenDirectly).unwrap().verify(&OpenDirectly).unwrap(), ["config.json"]);
 }
 
 #[test]
@@ -87,7 +93,7 @@ fn the_damaged_part_is_named() {
         let part = path.join(name);
         let before = fs::read(&part).unwrap();
         damage(&part);
-        let error = Folder::open(&path).and_then(|folder| folder.verify()).unwrap_err();
+        let error = Folder::open(&path, &OpenDirectly).and_then(|folder| folder.verify(&OpenDirectly)).unwrap_err();
         fs::write(&part, before).unwrap();
         match error.hint() {
             Some(_) => error.to_string(),
@@ -111,9 +117,9 @@ fn the_damaged_part_is_named() {
     assert!(refused("manifest.json", &say("{\"format\":\"x\",\"version\":1}")).contains("no snapshot"));
     let newer = refused("manifest.json", &say("{\"format\":\"tranche-snapshot\",\"version\":2}"));
     assert!(newer.contains("is of version 2, and this release knows 1"), "{newer}");
-    assert!(Folder::open(&path).unwrap().verify().unwrap().is_empty());
-    assert!(matches!(Folder::open(dir.path()), Err(SnapshotError::NotASnapshot(_))));
-    assert!(matches!(Folder::open(Path::new("/nowhere")), Err(SnapshotError::NotASnapshot(_))));
+    assert!(Folder::open(&path, &OpenDirectly).unwrap().verify(&OpenDirectly).unwrap().is_empty());
+    assert!(matches!(Folder::open(dir.path(), &OpenDirectly), Err(SnapshotError::NotASnapshot(_))));
+    assert!(matches!(Folder::open(Path::new("/nowhere"), &OpenDirectly), Err(SnapshotError::NotASnapshot(_))));
 }
 
 #[test]
@@ -123,24 +129,24 @@ fn two_files_replace_others_when_they_are_whole() {
     let (state, memory) = (dir.path().join("state"), dir.path().join("memory"));
     fs::write(&state, "old").unwrap();
     fs::write(&memory, "old").unwrap();
-    let new = NewFiles::begin(&state, &memory).unwrap();
+    let new = NewFiles::begin(&state, &memory, &host()).unwrap();
     new.memory().set_len(64 << 20).unwrap();
     drop(new);
     assert_eq!(names(dir.path()), ["memory", "state"]);
     assert_eq!(fs::read(&memory).unwrap(), b"old");
-    assert!(matches!(Snapshot::open_files(&state, &memory), Err(SnapshotError::Syntax { .. })));
+    assert!(matches!(Snapshot::open_files(&state, &memory, &OpenDirectly), Err(SnapshotError::Syntax { .. })));
 
-    let new = NewFiles::begin(&state, &memory).unwrap();
+    let new = NewFiles::begin(&state, &memory, &host()).unwrap();
     new.memory().set_len(64 << 20).unwrap();
     new.finish(&saved).unwrap();
     assert_eq!(names(dir.path()), ["memory", "state"]);
-    let opened = Snapshot::open_files(&state, &memory).unwrap();
+    let opened = Snapshot::open_files(&state, &memory, &OpenDirectly).unwrap();
     assert_eq!(opened.config, saved.config);
     assert!(matches!(
-        Snapshot::open_files(&memory, &memory),
+        Snapshot::open_files(&memory, &memory, &OpenDirectly),
         Err(SnapshotError::Syntax { .. } | SnapshotError::Damaged { .. })
     ));
-    assert!(matches!(NewFiles::begin(&state, Path::new("/nowhere/m")), Err(SnapshotError::Write { .. })));
+    assert!(matches!(NewFiles::begin(&state, Path::new("/nowhere/m"), &host()), Err(SnapshotError::Write { .. })));
 }
 
 /// A copy of one snapshot, which was brought to stable storage once.
@@ -175,7 +181,7 @@ proptest! {
         let at = at.index(text.len());
         text.splice(at..(at + bytes.len()).min(text.len()), bytes);
         fs::write(&part, &text).unwrap();
-        let _ = Folder::open(&path).map(|folder| folder.verify());
+        let _ = Folder::open(&path, &OpenDirectly).map(|folder| folder.verify(&OpenDirectly));
         // Without the checksum in front.
         let _ = serde_json::from_slice::<SavedState>(&text);
     }
@@ -195,7 +201,7 @@ proptest! {
             file.read_exact_at(&mut byte, at).unwrap();
             file.write_all_at(&[byte[0] ^ flip], at).unwrap();
         }
-        match Folder::open(&path).and_then(|folder| folder.verify()) {
+        match Folder::open(&path, &OpenDirectly).and_then(|folder| folder.verify(&OpenDirectly)) {
             // A person may change it.
             Ok(changed) => prop_assert_eq!(changed, ["config.json"]),
             Err(error) => prop_assert!(error.to_string().contains(&format!("{name} ")), "{}", error),
@@ -207,13 +213,13 @@ proptest! {
     fn a_manifest_that_was_changed_says_the_same_or_is_refused(at in any::<prop::sample::Index>(), flip in 1u8..) {
         let dir = tempfile::tempdir().unwrap();
         let Some(path) = copy(dir.path()) else { return Ok(()) };
-        let parts = |path: &Path| Folder::read_manifest(path).unwrap().parts;
+        let parts = |path: &Path| Folder::read_manifest(path, &OpenDirectly).unwrap().parts;
         let before = parts(&path);
         let mut text = fs::read(path.join("manifest.json")).unwrap();
         let at = at.index(text.len());
         text[at] ^= flip;
         fs::write(path.join("manifest.json"), text).unwrap();
-        match Folder::open(&path).and_then(|folder| folder.verify()) {
+        match Folder::open(&path, &OpenDirectly).and_then(|folder| folder.verify(&OpenDirectly)) {
             Ok(changed) if changed.is_empty() => prop_assert_eq!(parts(&path), before),
             Ok(_) => {}
             Err(error) => prop_assert!(error.hint().is_some()),

@@ -25,6 +25,7 @@ pub use self::reply::Replied;
 use self::reply::{Mail, Next, Post};
 pub use self::reply::{Reply, STREAM_BUFFER, StreamError, StreamSender};
 use super::http::{Request, Response};
+use crate::threads::{self, Kind};
 
 /// What stands for the listener and the bell where connections have their numbers.
 const LISTENER: u64 = 0;
@@ -129,7 +130,7 @@ impl<S: Service> Server<S> {
             said: false,
             scratch: Vec::new(),
         };
-        let thread = std::thread::Builder::new().name(thread_name.to_owned()).spawn(move || server.run())?;
+        let thread = threads::spawn(Kind::Api, thread_name, None, move || server.run())?;
         Ok(ServerHandle { post: handle, thread: Some(thread) })
     }
 

@@ -4,7 +4,6 @@ use std::fs::File;
 use std::io::{self, PipeReader, PipeWriter, Read};
 use std::os::unix::net::{UnixListener, UnixStream};
 use std::path::{Path, PathBuf};
-use std::process::{Child, Command};
 use std::sync::Arc;
 use std::sync::atomic::{AtomicBool, Ordering};
 use std::thread::JoinHandle;
@@ -28,10 +27,6 @@ impl HostFiles for SlowHost {
             return Err(io::ErrorKind::NotFound.into());
         }
         OpenDirectly.open(file)
-    }
-
-    fn start(&self, program: &mut Command) -> io::Result<Child> {
-        OpenDirectly.start(program)
     }
 
     fn connect(&self, path: &Path) -> io::Result<UnixStream> {

@@ -154,11 +154,10 @@ impl Disk {
     /// lives.
     ///
     /// # Errors
-    /// The host's; `Unsupported` where [`Self::raw_file`] has none, `NotFound` if another file has taken its place.
+    /// The host's; `Unsupported` where [`Self::raw_file`] has none.
     pub fn open_again(&self, files: &dyn HostFiles) -> io::Result<File> {
         let ours = self.raw_file().ok_or(io::ErrorKind::Unsupported)?;
-        let file = files.open(&HostFile::Disk { path: self.path.clone(), read_only: self.read_only })?;
-        if is_same_file(ours, file.as_fd())? { Ok(file) } else { Err(io::ErrorKind::NotFound.into()) }
+        files.open_again(&ours.try_clone_to_owned()?.into(), self.read_only)
     }
 
     /// Can the host tell which reads would have to wait? Asks it.

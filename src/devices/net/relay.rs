@@ -10,6 +10,7 @@ use vmm_sys_util::epoll::{ControlOperation, Epoll, EpollEvent, EventSet};
 use vmm_sys_util::eventfd::{EFD_CLOEXEC, EFD_NONBLOCK, EventFd};
 
 use crate::backend::vhost::Silencer;
+use crate::threads::{self, Kind};
 use crate::virtio::DeviceEvents;
 
 const STACK: usize = 64 << 10;
@@ -53,7 +54,7 @@ impl Relay {
         });
         shared.epoll.ctl(ControlOperation::Add, shared.bell.as_raw_fd(), EpollEvent::new(EventSet::IN, BELL))?;
         let theirs = shared.clone();
-        let thread = std::thread::Builder::new().name(name.into()).stack_size(STACK).spawn(move || theirs.run())?;
+        let thread = threads::spawn(Kind::Io, name, Some(STACK), move || theirs.run())?;
         Ok(Self { shared, thread: Some(thread) })
     }
 

@@ -31,6 +31,7 @@ use self::service::{Command, Running, Service};
 use super::front::QueueServer;
 use crate::backend::limiter::{Limiter, Wait};
 use crate::memory::Ram;
+use crate::threads::{self, Kind};
 use crate::virtio::{Chain, QueueResources, QueueState, RingError, StillBusy, Virtqueue};
 
 /// Bytes of stack, ample for what an engine does; only what is touched costs memory.
@@ -168,7 +169,7 @@ impl Worker {
         let (line, inbox) = Line::new()?;
         let indices = queues.iter().chain(&other).map(|&(index, _)| index);
         let service = Service::new(engine, indices, &line, inbox)?;
-        let thread = std::thread::Builder::new().name(name.into()).stack_size(STACK).spawn(move || service.run())?;
+        let thread = threads::spawn(Kind::Io, name, Some(STACK), move || service.run())?;
         Ok(Self { queues: queues.to_vec(), other, line, stopping: Vec::new(), thread: Some(thread) })
     }
 

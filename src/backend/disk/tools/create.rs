@@ -8,11 +8,11 @@ use imago::FormatCreateBuilder;
 
 use super::new_file::NewFile;
 use super::{ToolError, check_size};
-use crate::backend::OpenDirectly;
 use crate::backend::disk::file::DiskFile;
 use crate::backend::disk::qcow2::header::{Header, looks_like_qcow2};
 use crate::backend::disk::qcow2::{Access, ImagoQcow2};
 use crate::backend::disk::{DiskError, SECTOR};
+use crate::backend::{HostFiles, OpenDirectly};
 use crate::config::{Backing, DiskFormat};
 
 /// The longest name of a backing file that a qcow2 image can hold.
@@ -29,7 +29,7 @@ pub fn create(
     backing: Option<&Backing>,
     force: bool,
 ) -> Result<(), ToolError> {
-    let behind = backing.map(|backing| behind(path, backing)).transpose()?;
+    let behind = backing.map(|backing| behind(path, backing, &OpenDirectly)).transpose()?;
     let size = size.or(behind.as_ref().map(|behind| behind.size.next_multiple_of(SECTOR))).unwrap_or(0);
     check_size(size)?;
     let new = NewFile::start(path, force)?;
@@ -45,8 +45,8 @@ pub fn create(
 ///
 /// # Errors
 /// Where the file behind it is no disk, or the image cannot be written.
-pub fn make_overlay(file: &File, path: &Path, backing: &Backing) -> Result<(), ToolError> {
-    let behind = behind(path, backing)?;
+pub fn make_overlay(file: &File, path: &Path, backing: &Backing, host: &dyn HostFiles) -> Result<(), ToolError> {
+    let behind = behind(path, backing, host)?;
     // As a disk, it had no more than its whole sectors.
     let size = behind.size - behind.size % SECTOR;
     make_qcow2(file, size, Some(behind)).map_err(|source| ToolError::Write { path: path.to_owned(), source })
@@ -73,10 +73,10 @@ pub(super) fn make_qcow2(file: &File, size: u64, behind: Option<Behind>) -> io::
     builder.create()
 }
 
-fn behind(image: &Path, backing: &Backing) -> Result<Behind, ToolError> {
+fn behind(image: &Path, backing: &Backing, host: &dyn HostFiles) -> Result<Behind, ToolError> {
     let path = &backing.path;
     let read = |source| ToolError::Read { path: path.clone(), source };
-    let opened = DiskFile::open(&OpenDirectly, path, true)?;
+    let opened = DiskFile::open(host, path, true)?;
     let size = match backing.format {
         Some(DiskFormat::Qcow2) => {
             let header = Header::read(&opened.file, opened.size);
@@ -88,10 +88,10 @@ fn behind(image: &Path, backing: &Backing) -> Result<Behind, ToolError> {
         Some(DiskFormat::Raw) | None => opened.size,
     };
     // Its name is for QEMU, and for people: we never follow it. It is relative to the image's directory.
-    let whole = path.canonicalize().map_err(read)?;
+    let whole = host.canonical(path).map_err(read)?;
     let directory = match image.parent() {
-        Some(parent) if !parent.as_os_str().is_empty() => parent.canonicalize(),
-        _ => Path::new(".").canonicalize(),
+        Some(parent) if !parent.as_os_str().is_empty() => host.canonical(parent),
+        _ => host.canonical(Path::new(".")),
     };
     let directory = directory.map_err(|source| ToolError::Write { path: image.to_owned(), source })?;
     let name = match whole.file_name() {

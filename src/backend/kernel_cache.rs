@@ -14,13 +14,15 @@ use std::io;
 use std::os::fd::OwnedFd;
 use std::os::unix::fs::{DirBuilderExt, MetadataExt};
 use std::path::{Path, PathBuf};
+use std::sync::Arc;
 use std::sync::atomic::{AtomicU32, Ordering};
 use std::time::{Duration, SystemTime, UNIX_EPOCH};
 
 use rustix::fs::{AtFlags, Dir, FileType, Mode, OFlags, Stat, Timespec, Timestamps, UTIME_NOW, UTIME_OMIT};
+use serde::{Deserialize, Serialize};
 use sha2::{Digest, Sha256};
 
-use super::sparse::copy_sparse;
+use crate::memory::saved::copy_data;
 
 /// Unpacked kernels kept; the least recently used go first.
 const MAX_ENTRIES: usize = 16;
@@ -38,16 +40,36 @@ const LINK: &str = "seen-";
 const UNFINISHED: &str = "new-";
 
 /// Where unpacked kernels are kept, if anywhere. Nothing is touched before a kernel has to be unpacked.
-#[derive(Debug, Clone, Default)]
-pub struct KernelCache {
-    dir: Option<PathBuf>,
+#[derive(Clone, Default)]
+pub enum KernelCache {
+    /// Nothing is kept.
+    #[default]
+    Off,
+    Dir(PathBuf),
+    /// Another process has it.
+    Asked(Arc<dyn UnpackedKernels>),
+}
+
+/// What a cache can be asked.
+pub trait UnpackedKernels: Send + Sync {
+    /// The unpacked kernel of a bzImage that has not changed since it was remembered, and its size in bytes.
+    fn find_by_file(&self, bzimage: &File) -> Option<(File, u64)>;
+
+    /// An unpacked kernel, and its size in bytes.
+    fn find(&self, key: &Key) -> Option<(File, u64)>;
+
+    /// Keeps an unpacked kernel. Tells whether that worked.
+    fn insert(&self, key: &Key, unpacked: &File) -> bool;
+
+    /// Notes which unpacked kernel belongs to a bzImage.
+    fn remember(&self, bzimage: &File, key: &Key);
 }
 
 impl KernelCache {
     /// Keeps nothing.
     #[must_use]
     pub fn off() -> Self {
-        Self::default()
+        Self::Off
     }
 
     /// The user's cache: `$XDG_CACHE_HOME/tranche/kernels`, or else `~/.cache/tranche/kernels`.
@@ -55,41 +77,55 @@ impl KernelCache {
     pub fn of_user() -> Self {
         let absolute = |name| std::env::var_os(name).map(PathBuf::from).filter(|path| path.is_absolute());
         let base = absolute("XDG_CACHE_HOME").or_else(|| Some(absolute("HOME")?.join(".cache")));
-        Self { dir: base.map(|base| base.join("tranche/kernels")) }
+        base.map_or(Self::Off, |base| Self::Dir(base.join("tranche/kernels")))
     }
 
     /// A cache in this directory, which is created at need.
     #[must_use]
     pub fn in_dir(dir: impl Into<PathBuf>) -> Self {
-        Self { dir: Some(dir.into()) }
+        Self::Dir(dir.into())
     }
 
-    pub(super) fn open(&self) -> Option<Store> {
-        let dir = self.dir.as_deref()?;
-        Store::open(dir)
-            .inspect_err(|error| tracing::debug!(dir = %dir.display(), "unpacked kernels are not kept: {error}"))
-            .ok()
+    /// Has it look for its directory.
+    #[must_use]
+    pub fn open(&self) -> Option<Arc<dyn UnpackedKernels>> {
+        match self {
+            Self::Off => None,
+            Self::Asked(other) => Some(other.clone()),
+            Self::Dir(dir) => Store::open(dir)
+                .inspect_err(|error| tracing::debug!(dir = %dir.display(), "unpacked kernels are not kept: {error}"))
+                .map(|store| Arc::new(store) as _)
+                .ok(),
+        }
     }
 }
 
 /// The name of an unpacked kernel in the cache.
-#[derive(Debug, Clone, PartialEq, Eq)]
-pub(super) struct Key(String);
+#[derive(Debug, Clone, PartialEq, Eq, Serialize, Deserialize)]
+pub struct Key(String);
 
 impl Key {
     /// The name of what `payload` unpacks to, whose last four bytes tell the size.
+    #[must_use]
     pub fn of(payload: &[u8]) -> Self {
         let size = payload.last_chunk().map_or(0, |size| u32::from_le_bytes(*size));
         let hash: String = Sha256::digest(payload).iter().map(|byte| format!("{byte:02x}")).collect();
         Self(format!("{hash}-{size}"))
     }
 
-    /// Takes a name from the directory, where anything may be.
-    fn from_name(name: &str) -> Option<Self> {
+    /// Takes a name from the directory, where anything may be, or from another process.
+    #[must_use]
+    pub fn from_name(name: &str) -> Option<Self> {
         let (hash, size) = name.split_once('-')?;
         let is_key =
             hash.len() == 64 && hash.bytes().all(|byte| byte.is_ascii_hexdigit()) && size.parse::<u32>().is_ok();
         is_key.then(|| Self(name.to_owned()))
+    }
+
+    /// The name.
+    #[must_use]
+    pub fn as_str(&self) -> &str {
+        &self.0
     }
 
     /// Size of the unpacked kernel in bytes.
@@ -99,7 +135,7 @@ impl Key {
 }
 
 /// The open directory of a cache.
-pub(super) struct Store {
+struct Store {
     dir: OwnedFd,
     owner: u32,
 }
@@ -120,53 +156,13 @@ impl Store {
         Ok(Self { dir, owner })
     }
 
-    /// The unpacked kernel of a bzImage that has not changed since it was remembered, and its size in bytes.
-    pub fn find_by_file(&self, metadata: &Metadata) -> Option<(File, u64)> {
-        let target = rustix::fs::readlinkat(&self.dir, link_name(metadata), Vec::new()).ok()?;
-        self.find(&Key::from_name(target.to_str().ok()?)?)
-    }
-
-    /// An unpacked kernel, and its size in bytes.
-    pub fn find(&self, key: &Key) -> Option<(File, u64)> {
-        let flags = OFlags::RDONLY | OFlags::NOFOLLOW | OFlags::CLOEXEC | OFlags::NONBLOCK;
-        let file = File::from(rustix::fs::openat(&self.dir, &key.0, flags, Mode::empty()).ok()?);
-        let (metadata, size) = (file.metadata().ok()?, key.size());
-        if !metadata.is_file() || metadata.uid() != self.owner || metadata.len() != size {
-            tracing::debug!(name = key.0, "an unpacked kernel in the cache is damaged or somebody else's");
-            return None;
-        }
-        if !metadata.modified().is_ok_and(|used| is_within(used, USE_TICK)) {
-            let now = Timespec { tv_sec: 0, tv_nsec: UTIME_NOW };
-            let keep = Timespec { tv_sec: 0, tv_nsec: UTIME_OMIT };
-            let _ = rustix::fs::futimens(&file, &Timestamps { last_access: keep, last_modification: now });
-        }
-        Some((file, size))
-    }
-
-    /// Keeps an unpacked kernel. Tells whether that worked.
-    pub fn insert(&self, key: &Key, unpacked: &File) -> bool {
-        static COUNTER: AtomicU32 = AtomicU32::new(0);
-        let number = COUNTER.fetch_add(1, Ordering::Relaxed);
-        let unfinished = format!("{UNFINISHED}{}-{number}", std::process::id());
-        match self.write(&unfinished, key, unpacked) {
-            Ok(()) => {
-                self.sweep();
-                true
-            }
-            Err(error) => {
-                tracing::debug!("an unpacked kernel is not kept: {error}");
-                self.remove(&unfinished);
-                false
-            }
-        }
-    }
-
     fn write(&self, unfinished: &str, key: &Key, unpacked: &File) -> io::Result<()> {
         // After a crash, a process of the same number may have left one.
         self.remove(unfinished);
         let flags = OFlags::WRONLY | OFlags::CREATE | OFlags::EXCL | OFlags::CLOEXEC;
         let file = File::from(rustix::fs::openat(&self.dir, unfinished, flags, Mode::RUSR | Mode::WUSR)?);
-        copy_sparse(unpacked, &file, key.size())?;
+        file.set_len(key.size())?;
+        copy_data(unpacked, &file, 0..key.size())?;
         // Without this, a power failure could leave the right name and size with zeroes inside.
         file.sync_data()?;
         Ok(rustix::fs::renameat(&self.dir, unfinished, &self.dir, &key.0)?)
@@ -174,7 +170,7 @@ impl Store {
 
     /// Notes which unpacked kernel belongs to a bzImage, unless at the time `now` the file is so new that a later
     /// change might not show.
-    pub fn remember(&self, metadata: &Metadata, key: &Key, now: SystemTime) {
+    fn remember_at(&self, metadata: &Metadata, key: &Key, now: SystemTime) {
         let (Ok(seconds), Ok(nanoseconds)) = (metadata.ctime().try_into(), metadata.ctime_nsec().try_into()) else {
             return;
         };
@@ -220,6 +216,53 @@ impl Store {
 
     fn remove(&self, name: &str) {
         let _ = rustix::fs::unlinkat(&self.dir, name, AtFlags::empty());
+    }
+}
+
+impl UnpackedKernels for Store {
+    fn find_by_file(&self, bzimage: &File) -> Option<(File, u64)> {
+        let metadata = bzimage.metadata().ok()?;
+        let target = rustix::fs::readlinkat(&self.dir, link_name(&metadata), Vec::new()).ok()?;
+        self.find(&Key::from_name(target.to_str().ok()?)?)
+    }
+
+    fn find(&self, key: &Key) -> Option<(File, u64)> {
+        let flags = OFlags::RDONLY | OFlags::NOFOLLOW | OFlags::CLOEXEC | OFlags::NONBLOCK;
+        let file = File::from(rustix::fs::openat(&self.dir, &key.0, flags, Mode::empty()).ok()?);
+        let (metadata, size) = (file.metadata().ok()?, key.size());
+        if !metadata.is_file() || metadata.uid() != self.owner || metadata.len() != size {
+            tracing::debug!(name = key.0, "an unpacked kernel in the cache is damaged or somebody else's");
+            return None;
+        }
+        if !metadata.modified().is_ok_and(|used| is_within(used, USE_TICK)) {
+            let now = Timespec { tv_sec: 0, tv_nsec: UTIME_NOW };
+            let keep = Timespec { tv_sec: 0, tv_nsec: UTIME_OMIT };
+            let _ = rustix::fs::futimens(&file, &Timestamps { last_access: keep, last_modification: now });
+        }
+        Some((file, size))
+    }
+
+    fn insert(&self, key: &Key, unpacked: &File) -> bool {
+        static COUNTER: AtomicU32 = AtomicU32::new(0);
+        let number = COUNTER.fetch_add(1, Ordering::Relaxed);
+        let unfinished = format!("{UNFINISHED}{}-{number}", std::process::id());
+        match self.write(&unfinished, key, unpacked) {
+            Ok(()) => {
+                self.sweep();
+                true
+            }
+            Err(error) => {
+                tracing::debug!("an unpacked kernel is not kept: {error}");
+                self.remove(&unfinished);
+                false
+            }
+        }
+    }
+
+    fn remember(&self, bzimage: &File, key: &Key) {
+        if let Ok(metadata) = bzimage.metadata() {
+            self.remember_at(&metadata, key, SystemTime::now());
+        }
     }
 }
 
@@ -279,18 +322,18 @@ mod tests {
         assert!(store.insert(&key, &file));
         let path = dir.path().join("bzImage");
         std::fs::write(&path, "v1").unwrap();
-        let metadata = path.metadata().unwrap();
-        store.remember(&metadata, &key, later(1));
-        assert!(store.find_by_file(&metadata).is_none());
-        store.remember(&metadata, &key, UNIX_EPOCH);
-        assert!(store.find_by_file(&metadata).is_none());
-        store.remember(&metadata, &key, later(10));
-        assert!(store.find_by_file(&metadata).is_some());
+        let (metadata, file) = (path.metadata().unwrap(), File::open(&path).unwrap());
+        store.remember_at(&metadata, &key, later(1));
+        assert!(store.find_by_file(&file).is_none());
+        store.remember_at(&metadata, &key, UNIX_EPOCH);
+        assert!(store.find_by_file(&file).is_none());
+        store.remember_at(&metadata, &key, later(10));
+        assert!(store.find_by_file(&file).is_some());
         // Another size, and another file of the same content: neither is the one that was seen.
         std::fs::write(&path, "v2+").unwrap();
-        assert!(store.find_by_file(&path.metadata().unwrap()).is_none());
+        assert!(store.find_by_file(&File::open(&path).unwrap()).is_none());
         std::fs::write(dir.path().join("copy"), "v1").unwrap();
-        assert!(store.find_by_file(&dir.path().join("copy").metadata().unwrap()).is_none());
+        assert!(store.find_by_file(&File::open(dir.path().join("copy")).unwrap()).is_none());
     }
 
     #[test]
@@ -311,7 +354,7 @@ mod tests {
         assert!(store.find(&key).is_some());
         let metadata = dir.path().join("elsewhere").metadata().unwrap();
         std::os::unix::fs::symlink("../../etc/passwd", dir.path().join(link_name(&metadata))).unwrap();
-        assert!(store.find_by_file(&metadata).is_none());
+        assert!(store.find_by_file(&File::open(dir.path().join("elsewhere")).unwrap()).is_none());
     }
 
     #[test]
