@@ -1,4 +1,9 @@
-//! What the program carries packed, and how releases are linked.
+//! What the program carries packed or compiled, and how releases are linked.
+
+#[path = "build/policy.rs"]
+mod policy;
+#[path = "build/syscalls.rs"]
+mod syscalls;
 
 use std::path::Path;
 use std::{env, fs, io};
@@ -18,6 +23,8 @@ fn main() -> io::Result<()> {
     let mut packed = DeflateEncoder::new(Vec::new(), Compression::best());
     io::Write::write_all(&mut packed, &document)?;
     fs::write(Path::new(&out).join("openapi.deflate"), packed.finish()?)?;
+
+    policy::compile();
 
     if out.contains("/release/build/") {
         println!("cargo::rustc-link-arg-bins=-Wl,-T,{top}/resources/no-unwinding.ld");

@@ -6,7 +6,7 @@
 use std::fmt;
 use std::fs::{self, File, OpenOptions};
 use std::io;
-use std::os::fd::{AsFd, AsRawFd};
+use std::os::fd::{AsFd, AsRawFd, OwnedFd};
 use std::os::unix::fs::{FileTypeExt, OpenOptionsExt, PermissionsExt};
 use std::os::unix::net::{UnixListener, UnixStream};
 use std::path::{Path, PathBuf};
@@ -18,6 +18,7 @@ use super::kernel_cache::KernelCache;
 use super::passt::{self, PasstError};
 use super::tap::{self, TapError, TapQueue};
 use crate::config::UserNetwork;
+use crate::memory::userfault::process_of_peer;
 use crate::shelf;
 
 /// A file that a VM can ask for.
@@ -105,7 +106,20 @@ pub enum Right {
     Perform(Deed),
     /// Any name in a directory, and in those below it.
     Below(PathBuf),
+    Link(PathBuf),
+    Canonical(PathBuf),
     JoinTap(String),
+    StartPasst(UserNetwork),
+    Listen(PathBuf),
+    Connect(PathBuf),
+}
+
+/// Another process that we are connected to.
+#[derive(Debug)]
+pub struct Peer {
+    pub socket: UnixStream,
+    /// To wait for its end, if we may know who it is.
+    pub process: Option<OwnedFd>,
 }
 
 /// Turns names into descriptors. What a host does not have, it refuses.
@@ -170,7 +184,7 @@ pub trait HostFiles: Send + Sync {
     ///
     /// # Errors
     /// `NotFound` or `ConnectionRefused` when nobody listens there.
-    fn connect(&self, path: &Path) -> io::Result<UnixStream>;
+    fn connect(&self, path: &Path) -> io::Result<Peer>;
 
     /// Where unpacked kernels are kept.
     fn kernel_cache(&self) -> KernelCache {
@@ -258,8 +272,10 @@ impl HostFiles for OpenDirectly {
         passt::spawn(network, mtu)
     }
 
-    fn connect(&self, path: &Path) -> io::Result<UnixStream> {
-        UnixStream::connect(path)
+    fn connect(&self, path: &Path) -> io::Result<Peer> {
+        let socket = UnixStream::connect(path)?;
+        let process = process_of_peer(&socket);
+        Ok(Peer { socket, process })
     }
 
     fn listen(&self, path: &Path) -> io::Result<UnixListener> {

@@ -113,19 +113,18 @@ impl Key {
         Self(format!("{hash}-{size}"))
     }
 
-    /// Takes a name from the directory, where anything may be, or from another process.
-    #[must_use]
-    pub fn from_name(name: &str) -> Option<Self> {
+    /// Takes a name from the directory, where anything may be.
+    fn from_name(name: &str) -> Option<Self> {
         let (hash, size) = name.split_once('-')?;
         let is_key =
             hash.len() == 64 && hash.bytes().all(|byte| byte.is_ascii_hexdigit()) && size.parse::<u32>().is_ok();
         is_key.then(|| Self(name.to_owned()))
     }
 
-    /// The name.
+    /// The name that another process has sent, if it is one.
     #[must_use]
-    pub fn as_str(&self) -> &str {
-        &self.0
+    pub fn checked(&self) -> Option<Self> {
+        Self::from_name(&self.0)
     }
 
     /// Size of the unpacked kernel in bytes.

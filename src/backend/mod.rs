@@ -8,6 +8,7 @@ pub mod kernel_cache;
 pub mod limiter;
 pub mod netns;
 pub mod passt;
+mod patience;
 pub mod tap;
 pub mod vhost;
 

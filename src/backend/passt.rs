@@ -217,8 +217,16 @@ impl Passt {
     }
 }
 
-impl Drop for Process {
+impl Drop for Passt {
     fn drop(&mut self) {
+        if let Some(mut process) = self.process.take() {
+            process.end();
+        }
+    }
+}
+
+impl Process {
+    fn end(&mut self) {
         // It ends by itself when it is alone, as one that is not our child does then.
         let _ = self.socket.shutdown(Shutdown::Both);
         if let Some(child) = &mut self.child {
@@ -226,9 +234,7 @@ impl Drop for Process {
             let _ = child.wait();
         }
     }
-}
 
-impl Process {
     /// What it has said and nobody has asked for yet.
     fn said(&mut self) -> String {
         let mut text = Vec::new();
@@ -256,6 +262,8 @@ impl Process {
         match (said, status) {
             (Some(said), _) if !said.contains("run as root") => Some(said.to_owned()),
             (_, Some(status)) => Some(format!("it has ended ({status})")),
+            // How, only its parent knows.
+            _ if self.child.is_none() && is_ending => Some("it has ended without a word".into()),
             _ => None,
         }
     }

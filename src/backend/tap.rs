@@ -15,6 +15,7 @@ use thiserror::Error;
 
 use super::host::HostFiles;
 use super::io_error;
+use super::patience::until_free;
 
 /// The header before each frame, in both directions: `virtio_net_hdr_v1` (virtio 1.2, section 5.1.6).
 pub const HEADER_BYTES: usize = 12;
@@ -212,7 +213,7 @@ pub fn join(name: &str, several: bool) -> Result<TapQueue, TapError> {
     if driver & libc::IFF_VNET_HDR as c_uint == 0 {
         return Err(TapError::Unsupported("virtio-net headers (IFF_VNET_HDR)".into()));
     }
-    set_interface(fd, name, several)?;
+    until_free(|| set_interface(fd, name, several), |error| matches!(error, TapError::Busy(_)))?;
     ioctl(fd, libc::TUNSETVNETHDRSZ, &mut (HEADER_BYTES as c_int))
         .map_err(failed(name, "setting the header's size"))?;
     ioctl(fd, libc::TUNSETVNETLE, &mut 1).map_err(failed(name, "setting the header's byte order"))?;

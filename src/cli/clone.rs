@@ -16,6 +16,7 @@ use rustix::event::{PollFd, PollFlags, poll};
 use rustix::process::{Pid, PidfdFlags, Signal, pidfd_open, pidfd_send_signal};
 
 use super::exit::{self, Exit};
+use super::run::JailArgs;
 use super::signals::Signals;
 use crate::api::client::Client;
 use crate::backend::OpenDirectly;
@@ -62,6 +63,9 @@ pub struct CloneArgs {
     /// Leave them running, and end
     #[arg(short, long, requires = "run_dir")]
     detach: bool,
+
+    #[command(flatten)]
+    jail: JailArgs,
 }
 
 fn an_override(text: &str) -> Result<String, String> {
@@ -160,6 +164,7 @@ fn command(args: &CloneArgs, program: &Path, run_dir: &Path, number: u32, namesp
     let mut console = OsString::from("socket=");
     console.push(file("console"));
     command.arg("--serial").arg(console).arg("--id").arg(format!("clone-{number}"));
+    command.arg("--jail").arg(args.jail.level.to_string());
     for change in &args.overrides {
         command.arg("--override").arg(numbered(change));
     }

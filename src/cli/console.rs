@@ -5,10 +5,11 @@ use std::io::{self, Read, Write};
 use std::os::fd::{AsFd, AsRawFd, RawFd};
 use std::os::unix::net::UnixListener;
 use std::path::PathBuf;
+use std::sync::Arc;
 
 use super::escape::{self, Action, EscapeFilter};
 use super::terminal::RawTerminal;
-use crate::backend::HostFiles;
+use crate::backend::{Deed, HostFiles};
 use crate::config::SerialConfig;
 use crate::platform::serial::{Enqueued, SerialPort};
 
@@ -41,12 +42,12 @@ pub struct Input {
 enum Source {
     Nothing,
     Stdin { file: File, terminal: bool },
-    Socket { listener: UnixListener, client: Option<File>, path: PathBuf },
+    Socket { listener: UnixListener, client: Option<File>, file: (PathBuf, Arc<dyn HostFiles>) },
 }
 
 impl Console {
     /// Takes the input that goes with the output `config` names.
-    pub fn open(config: &SerialConfig, host: &dyn HostFiles) -> io::Result<Self> {
+    pub fn open(config: &SerialConfig, host: &Arc<dyn HostFiles>) -> io::Result<Self> {
         let mut raw = None;
         let source = match config {
             SerialConfig::Null | SerialConfig::File(_) | SerialConfig::Open(_) => Source::Nothing,
@@ -58,7 +59,7 @@ impl Console {
             SerialConfig::Socket(path) => {
                 let listener = host.listen(path)?;
                 listener.set_nonblocking(true)?;
-                Source::Socket { listener, client: None, path: path.clone() }
+                Source::Socket { listener, client: None, file: (path.clone(), host.clone()) }
             }
         };
         Ok(Self::of(source, raw))
@@ -174,8 +175,8 @@ impl Console {
 
 impl Drop for Console {
     fn drop(&mut self) {
-        if let Source::Socket { path, .. } = &self.source {
-            let _ = std::fs::remove_file(path);
+        if let Source::Socket { file: (path, host), .. } = &self.source {
+            let _ = host.perform(&Deed::RemoveFile(path.clone()));
         }
     }
 }

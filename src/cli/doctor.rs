@@ -10,7 +10,7 @@ use serde::Serialize;
 use super::exit::{self, Exit};
 use super::table::{Format, Table};
 use crate::backend::OpenDirectly;
-use crate::jail::landlock_version;
+use crate::jail::{self, Layer, landlock_version};
 use crate::machine::look_at_kvm;
 use crate::store::Store;
 
@@ -21,6 +21,10 @@ pub struct DoctorArgs {
     /// Do what can be done about it: load modules, join the group of /dev/kvm. It takes root
     #[arg(long)]
     fix: bool,
+
+    /// Say which layers of a VM's jail this host allows
+    #[arg(long, conflicts_with = "fix")]
+    jail: bool,
 
     /// How to print it
     #[arg(long, default_value = "table")]
@@ -84,7 +88,7 @@ impl Finding {
 }
 
 pub fn run(args: &DoctorArgs) -> ExitCode {
-    let mut findings = examine();
+    let mut findings = if args.jail { examine_jail() } else { examine() };
     if args.fix && fix(&findings) {
         findings = examine();
     }
@@ -94,6 +98,48 @@ pub fn run(args: &DoctorArgs) -> ExitCode {
     }
     let fits = findings.iter().all(|finding| finding.verdict != Verdict::Fail);
     if fits { ExitCode::SUCCESS } else { ExitCode::from(Exit::HostUnfit as u8) }
+}
+
+/// Each layer of a jail, tried.
+fn examine_jail() -> Vec<Finding> {
+    let missing = match jail::examine() {
+        Ok(missing) => missing,
+        Err(error) => {
+            let hint = error.hint().unwrap_or("see docs/jail.md");
+            return vec![Finding::new("jail", Verdict::Fail, exit::one_line(&error)).advise(hint)];
+        }
+    };
+    let layer = |layer: Layer, found: String, advice: &str| {
+        let why = missing.iter().find(|missing| missing.0 == layer).map(|missing| missing.1.clone());
+        let is_there = why.is_none();
+        let finding = Finding::of(layer.name(), is_there, why.unwrap_or(found), advice);
+        // A strict jail, which VMs have by default, has all of them.
+        if is_there { finding } else { Finding { verdict: Verdict::Fail, ..finding } }
+    };
+    let landlock = landlock_version().unwrap_or(0);
+    let restricts = match landlock {
+        0 => "nothing",
+        1..4 => "files",
+        4..6 => "files, TCP ports",
+        _ => "files, TCP ports, abstract sockets, signals",
+    };
+    vec![
+        layer(
+            Layer::Namespaces,
+            "user, mount, PID, network, IPC, UTS, cgroup".into(),
+            "kernel.unprivileged_userns_clone=1, user.max_user_namespaces above 0, \
+             kernel.apparmor_restrict_unprivileged_userns=0 (docs/jail.md)",
+        ),
+        layer(Layer::EmptyRoot, "nothing in it, read-only".into(), "it takes a mount namespace"),
+        Finding::new("user", Verdict::Ok, "an ordinary one, without capabilities or new privileges; not dumpable"),
+        Finding::new("limits", Verdict::Ok, "threads, address space; no core dumps, no message queues"),
+        layer(
+            Layer::Landlock,
+            format!("version {landlock}: {restricts}"),
+            "boot with 'lsm=landlock,...' on Linux 5.13 or newer",
+        ),
+        Finding::new("seccomp", Verdict::Ok, "a policy for each kind of thread: main, vcpu, api, io"),
+    ]
 }
 
 fn table(findings: &[Finding]) -> String {

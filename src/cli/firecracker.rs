@@ -250,7 +250,7 @@ fn run(args: &FirecrackerArgs, timeline: &Arc<Timeline>) -> Result<Served, Failu
         owner.start().map_err(|fault| Failure::configuration(&fault))?;
         tracing::info!("Successfully started microvm that was configured from one single json");
     }
-    let mut console = Console::open(&serial, &*host).map_err(resources("use the terminal"))?;
+    let mut console = Console::open(&serial, &host).map_err(resources("use the terminal"))?;
     serve(owner, &mut console, &mut signals, OnSignal::Leave, api).map_err(resources("wait for events"))
 }
 
@@ -310,7 +310,8 @@ fn listen(path: &Path, max_body: usize, view: Arc<View>) -> Result<RunningApi, F
     socket.thread = "fc_api";
     socket.max_body = max_body;
     tracing::info!("Listening on API socket ({:?}).", path);
-    let api = socket.serve(view).map_err(|error| Failure::error(format!("Cannot serve the API: {error}")))?;
+    let api =
+        socket.into_clients().serve(view).map_err(|error| Failure::error(format!("Cannot serve the API: {error}")))?;
     tracing::info!("API server started.");
     Ok(api)
 }

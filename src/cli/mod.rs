@@ -10,6 +10,7 @@ mod doctor;
 mod escape;
 mod exit;
 pub mod firecracker;
+mod jailed;
 mod kernel;
 mod restore;
 mod run;

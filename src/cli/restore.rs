@@ -8,15 +8,12 @@ use std::time::Instant;
 
 use clap::{Args, ValueEnum};
 
-use super::api_socket::ApiSocket;
-use super::console::Console;
-use super::exit::{self, Exit};
-use super::run::{LogLevel, tell};
-use super::serve::{OnSignal, Served, serve};
-use super::signals::Signals;
+use super::exit;
+use super::jailed::{self, Outcome, Outside};
+use super::run::{JailArgs, LogLevel, open_console, serve_to_end};
 use super::start_error::StartError;
 use crate::backend::netns::NetNamespace;
-use crate::backend::{HostFiles, OpenDirectly, tap};
+use crate::backend::{OpenDirectly, tap};
 use crate::config::{NetBackend, Override, SavedVm, SerialConfig, Transport};
 use crate::control::{Identity, Owner, Revival};
 use crate::machine::{End, MachineError};
@@ -78,6 +75,9 @@ pub struct RestoreArgs {
     /// Print when each step of the start was reached, at the end
     #[arg(long)]
     boot_timeline: bool,
+
+    #[command(flatten)]
+    jail: JailArgs,
 }
 
 #[derive(Debug, Clone, Copy, ValueEnum)]
@@ -88,19 +88,12 @@ enum ClockArg {
 
 pub fn run(args: &RestoreArgs, start: Instant) -> ExitCode {
     init_log(args.log_level.into());
-    let timeline = Arc::new(Timeline::from(start));
-    let exit = match run_to_end(args, &timeline) {
-        Ok(end) => {
-            tell(&end);
-            Exit::from(&end)
-        }
-        Err(error) => error.report(),
+    let code = match run_to_end(args, &Arc::new(Timeline::from(start))) {
+        Ok(outcome) => outcome.code,
+        Err(error) => error.report() as u8,
     };
-    if args.boot_timeline {
-        exit::say(&timeline.to_string());
-    }
     // Without unwinding the machine: the host takes everything back at once, and faster than we could.
-    std::process::exit(exit as i32);
+    std::process::exit(code.into());
 }
 
 /// Makes the taps that a VM is to be on, in a network namespace that has none yet.
@@ -113,17 +106,17 @@ fn make_taps(config: &SavedVm) -> Result<(), MachineError> {
     Ok(())
 }
 
-fn run_to_end(args: &RestoreArgs, timeline: &Arc<Timeline>) -> Result<End, StartError> {
+fn run_to_end(args: &RestoreArgs, timeline: &Arc<Timeline>) -> Result<Outcome, StartError> {
     let resources = |what| move |source: std::io::Error| MachineError::Host { what, source };
-    let host: Arc<dyn HostFiles> = Arc::new(OpenDirectly);
     if let Some(parent) = args.with_parent {
         rustix::process::set_parent_process_death_signal(Some(rustix::process::Signal::KILL))
             .map_err(|error| resources("watch its parent")(error.into()))?;
         if std::os::unix::process::parent_id() != parent {
-            return Ok(End::Killed);
+            return Ok(jailed::conclude(Ok(End::Killed)));
         }
     }
-    let mut folder = Folder::open(&args.dir, &*host)?;
+    let mut folder = Folder::open(&args.dir, &OpenDirectly)?;
+    let manifest = Folder::manifest_right(&args.dir, &OpenDirectly).ok();
     for change in &args.overrides {
         change.apply(&mut folder.snapshot.config).map_err(StartError::Override)?;
     }
@@ -133,27 +126,27 @@ fn run_to_end(args: &RestoreArgs, timeline: &Arc<Timeline>) -> Result<End, Start
             make_taps(&folder.snapshot.config)?;
         }
     }
-    let snapshot = folder.with_overlays(args.disks.as_deref(), &host)?;
-    let mut signals = Signals::block().map_err(resources("listen to signals"))?;
-    let socket = args.api_sock.as_ref().map(|path| ApiSocket::listen(path, &*host)).transpose()?;
+    let mut outside = Outside::new(args.jail.level, args.api_sock.as_deref(), &args.serial)?;
+    // The next snapshot takes from it what it knows of the disks' files.
+    outside.rights.extend(manifest);
     let identity = Identity { id: args.id.clone(), ..Identity::tranche(Transport::default()) };
-    let mut owner = Owner::new(identity, host.clone(), args.serial.clone(), timeline.clone());
     let clock = match args.clock {
         ClockArg::Continue => Clock::Continue,
         ClockArg::Advance => Clock::Advance,
     };
-    owner.restore(snapshot, Revival { clock, track_writes: false })?;
-    let mut console = Console::open(&args.serial, &*host).map_err(|source| match &args.serial {
-        SerialConfig::Socket(path) => MachineError::Serial { path: path.clone(), source },
-        _ => MachineError::Host { what: "use the terminal", source },
-    })?;
-    if !args.paused {
-        owner.resume()?;
-    }
-    let api = socket.map(|socket| socket.serve(owner.view())).transpose().map_err(resources("serve the API"))?;
-    let served = serve(owner, &mut console, &mut signals, OnSignal::PowerButton, api);
-    match served.map_err(resources("wait for events"))? {
-        Served::Ended(end) => Ok(end),
-        Served::Signal(_) | Served::LoadFailed => Ok(End::Killed),
-    }
+    Ok(jailed::run(outside, |mut inside| {
+        let mut owner = Owner::new(identity, inside.host.clone(), args.serial.clone(), timeline.clone());
+        inside.instruct(&mut owner);
+        let snapshot = folder.with_overlays(args.disks.as_deref(), &inside.host)?;
+        owner.restore(snapshot, Revival { clock, track_writes: false })?;
+        let mut console = open_console(&args.serial, &inside.host)?;
+        if !args.paused {
+            owner.resume()?;
+        }
+        let ended = serve_to_end(owner, &mut console, inside, || {});
+        if args.boot_timeline {
+            exit::say(&timeline.to_string());
+        }
+        ended
+    }))
 }

@@ -9,18 +9,17 @@ use std::time::Instant;
 use clap::{Args, ValueEnum};
 use tracing::Level;
 
-use super::api_socket::ApiSocket;
 use super::console::Console;
-use super::exit::{self, Exit};
+use super::exit;
+use super::jailed::{self, Inside, Outcome, Outside};
 use super::serve::{OnSignal, Served, serve};
-use super::signals::Signals;
 use super::start_error::StartError;
 use super::vm;
-use super::vm::create::NamedArgs;
+use super::vm::create::{NamedArgs, NewVm};
 use super::vm_args::{VmArgs, resolve_kernel};
-use crate::backend::{HostFiles, OpenDirectly};
-use crate::config::{SerialConfig, VmConfig};
-use crate::control::{Identity, Keeper, Owner};
+use crate::backend::HostFiles;
+use crate::config::{JailLevel, SerialConfig, VmConfig};
+use crate::control::{Identity, Owner};
 use crate::machine::{End, Machine, MachineError, Parts};
 use crate::observe::{Timeline, init_log};
 
@@ -44,6 +43,9 @@ pub struct RunArgs {
 
     #[command(flatten)]
     named: NamedArgs,
+
+    #[command(flatten)]
+    jail: JailArgs,
 
     /// Where the serial console goes
     #[arg(long, value_name = "stdio|null|file=PATH|socket=PATH", default_value = "stdio")]
@@ -101,23 +103,24 @@ impl From<LogLevel> for Option<Level> {
 
 pub fn run(mut args: RunArgs, start: Instant) -> ExitCode {
     if let Some(name) = args.name.take() {
-        return vm::run_named(&name, args.vm, args.named, args.log_level, args.detach);
+        let new = NewVm { vm: args.vm, named: args.named, jail: args.jail };
+        return vm::run_named(&name, new, args.log_level, args.detach);
     }
     init_log(args.log_level.into());
-    let timeline = Arc::new(Timeline::from(start));
-    let print_timeline = args.boot_timeline;
-    let exit = match run_to_end(args, &timeline) {
-        Ok(end) => {
-            tell(&end);
-            Exit::from(&end)
-        }
-        Err(error) => error.report(),
+    let code = match run_to_end(args, &Arc::new(Timeline::from(start))) {
+        Ok(outcome) => outcome.code,
+        Err(error) => error.report() as u8,
     };
-    if print_timeline {
-        exit::say(&timeline.to_string());
-    }
     // Without unwinding the machine: the host takes everything back at once, and faster than we could.
-    std::process::exit(exit as i32);
+    std::process::exit(code.into());
+}
+
+/// How the VM is jailed.
+#[derive(Debug, Args)]
+pub struct JailArgs {
+    /// How much is taken away from the VM's process (see docs/jail.md)
+    #[arg(long = "jail", value_name = "LEVEL", default_value_t)]
+    pub level: JailLevel,
 }
 
 /// One line on standard error for an end that is not simply a power-off.
@@ -142,61 +145,79 @@ pub fn what_ended(end: &End) -> String {
 }
 
 /// Builds, starts and serves the machine. The terminal is as it was when this returns.
-fn run_to_end(args: RunArgs, timeline: &Arc<Timeline>) -> Result<End, StartError> {
+fn run_to_end(args: RunArgs, timeline: &Arc<Timeline>) -> Result<Outcome, StartError> {
     let mut config = args.vm.into_definition()?.vm;
     resolve_kernel(&mut config)?;
     config.serial = args.serial;
-    let host: Arc<dyn HostFiles> = Arc::new(OpenDirectly);
-    let signals = Signals::block().map_err(resources("listen to signals"))?;
-    let socket = args.api_sock.map(|path| ApiSocket::listen(&path, &*host)).transpose()?;
+    let outside = Outside::new(args.jail.level, args.api_sock.as_deref(), &config.serial)?;
     let identity = Identity::tranche(config.transport);
-    let console = || {
-        Console::open(&config.serial, &*host).map_err(|source| match &config.serial {
-            SerialConfig::Socket(path) => MachineError::Serial { path: path.clone(), source },
-            _ => MachineError::Host { what: "use the terminal", source },
-        })
-    };
-    Boot { config: &config, identity, socket, signals, host: &host, timeline, keeper: None }.serve(console, || {})
+    Ok(jailed::run(outside, |inside| {
+        let host = inside.host.clone();
+        let ended =
+            Boot { config: &config, identity, inside, timeline }.serve(|| open_console(&config.serial, &host), || {});
+        if args.boot_timeline {
+            exit::say(&timeline.to_string());
+        }
+        ended
+    }))
+}
+
+/// The console that goes with where the serial port's output goes.
+pub fn open_console(serial: &SerialConfig, host: &Arc<dyn HostFiles>) -> Result<Console, MachineError> {
+    Console::open(serial, host).map_err(|source| match serial {
+        SerialConfig::Socket(path) => MachineError::Serial { path: path.clone(), source },
+        _ => MachineError::Host { what: "use the terminal", source },
+    })
 }
 
 /// What a VM is booted with.
 pub struct Boot<'a> {
     pub config: &'a VmConfig,
     pub identity: Identity,
-    pub socket: Option<ApiSocket>,
-    pub signals: Signals,
-    pub host: &'a Arc<dyn HostFiles>,
+    pub inside: Inside,
     pub timeline: &'a Arc<Timeline>,
-    /// Who is told what the VM is to be from its next start on.
-    pub keeper: Option<Keeper>,
 }
 
 impl Boot<'_> {
-    /// Builds the machine, starts it and serves it until it ends.
+    /// Builds the machine, starts it and serves it until it ends. `started` is done after it has been told that it runs.
     ///
     /// # Errors
     /// What keeps it from its start, or from being served.
     pub fn serve(
-        mut self,
+        self,
         console: impl FnOnce() -> Result<Console, MachineError>,
         started: impl FnOnce(),
     ) -> Result<End, StartError> {
-        let machine = Machine::build(Parts::open(self.config, &**self.host)?, &**self.host, self.timeline)?;
+        let Self { config, identity, mut inside, timeline } = self;
+        let host = inside.host.clone();
+        let machine = Machine::build(Parts::open(config, &*host)?, &*host, timeline)?;
         // Only now, as an error has to find the terminal as it was.
         let mut console = console()?;
-        let mut owner = Owner::new(self.identity, self.host.clone(), self.config.serial.clone(), self.timeline.clone());
-        owner.adopt(machine, self.config)?;
-        if let Some(keeper) = self.keeper {
-            owner.keep_size_with(keeper);
-        }
-        let api =
-            self.socket.map(|socket| socket.serve(owner.view())).transpose().map_err(resources("serve the API"))?;
-        started();
-        let served = serve(owner, &mut console, &mut self.signals, OnSignal::PowerButton, api);
-        match served.map_err(resources("wait for events"))? {
-            Served::Ended(end) => Ok(end),
-            Served::Signal(_) | Served::LoadFailed => Ok(End::Killed),
-        }
+        let mut owner = Owner::new(identity, host, config.serial.clone(), timeline.clone());
+        inside.instruct(&mut owner);
+        owner.adopt(machine, config)?;
+        serve_to_end(owner, &mut console, inside, started)
+    }
+}
+
+/// Serves a VM until it ends.
+///
+/// # Errors
+/// What keeps it from being served.
+pub fn serve_to_end(
+    owner: Owner,
+    console: &mut Console,
+    mut inside: Inside,
+    started: impl FnOnce(),
+) -> Result<End, StartError> {
+    let api = inside.api.take().map(|api| api.serve(owner.view()));
+    let api = api.transpose().map_err(resources("serve the API"))?;
+    inside.started();
+    started();
+    let served = serve(owner, console, &mut inside.signals, OnSignal::PowerButton, api);
+    match served.map_err(resources("wait for events"))? {
+        Served::Ended(end) => Ok(end),
+        Served::Signal(_) | Served::LoadFailed => Ok(End::Killed),
     }
 }
 

@@ -4,14 +4,19 @@
 
 use std::fs::File;
 use std::io::{self, Read};
-use std::os::fd::{AsFd, AsRawFd, BorrowedFd, FromRawFd, RawFd};
+use std::os::fd::{AsFd, AsRawFd, BorrowedFd, FromRawFd, OwnedFd, RawFd};
+use std::os::unix::net::UnixStream;
 
 use vmm_sys_util::signal::{Error, block_signal, create_sigset};
 
 const ENDING: [libc::c_int; 4] = [libc::SIGTERM, libc::SIGINT, libc::SIGHUP, libc::SIGQUIT];
 
 /// Readable when one of them came. Made before any thread, which would otherwise take them.
-pub struct Signals(File);
+pub struct Signals {
+    file: File,
+    /// Each is a byte, from another process, and no signal of the kernel's.
+    is_passed_on: bool,
+}
 
 impl Signals {
     pub fn block() -> io::Result<Self> {
@@ -33,26 +38,37 @@ impl Signals {
             return Err(io::Error::last_os_error());
         }
         // SAFETY: a fresh descriptor that nobody else owns.
-        Ok(Self(unsafe { File::from_raw_fd(fd) }))
+        Ok(Self { file: unsafe { File::from_raw_fd(fd) }, is_passed_on: false })
+    }
+
+    /// Those that another process passes on, as bytes.
+    pub fn passed_on(from: UnixStream) -> io::Result<Self> {
+        from.set_nonblocking(true)?;
+        Ok(Self { file: File::from(OwnedFd::from(from)), is_passed_on: true })
     }
 
     /// The number of one that came.
     pub fn next(&mut self) -> Option<libc::c_int> {
+        if self.is_passed_on {
+            let mut number = [0];
+            self.file.read_exact(&mut number).ok()?;
+            return Some(number[0].into());
+        }
         let mut info = [0; size_of::<libc::signalfd_siginfo>()];
-        self.0.read_exact(&mut info).ok()?;
+        self.file.read_exact(&mut info).ok()?;
         // `ssi_signo`, the first member.
         let number = info.first_chunk().map(|bytes| u32::from_ne_bytes(*bytes))?;
         libc::c_int::try_from(number).ok()
     }
 
     pub fn fd(&self) -> RawFd {
-        self.0.as_raw_fd()
+        self.file.as_raw_fd()
     }
 }
 
 impl AsFd for Signals {
     fn as_fd(&self) -> BorrowedFd<'_> {
-        self.0.as_fd()
+        self.file.as_fd()
     }
 }
 

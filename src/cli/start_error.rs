@@ -10,6 +10,7 @@ use super::exit::{self, Exit};
 use crate::backend::netns::NetNamespaceError;
 use crate::config::OverrideError;
 use crate::control::Fault;
+use crate::jail::JailError;
 use crate::kernels::KernelsError;
 use crate::machine::MachineError;
 use crate::resize::ResizeError;
@@ -36,6 +37,8 @@ pub enum StartError {
     Store(#[from] StoreError),
     #[error(transparent)]
     Resize(#[from] ResizeError),
+    #[error("the VMM cannot be jailed")]
+    Jail(#[source] JailError),
     #[error("the VM cannot be as it is described")]
     Fault(#[source] Fault),
 }
@@ -69,6 +72,7 @@ impl StartError {
                 Some("give a path of at most 107 bytes, in a directory that exists and is yours to write to"),
             ),
             Self::Description { .. } => (Exit::Description, Some("docs/api.md has an example of such a file")),
+            Self::Jail(error) => (Exit::NoJail, error.hint()),
             Self::Fault(_) => (Exit::Description, None),
         };
         exit::report_with(self, exit, hint.map(str::to_owned))

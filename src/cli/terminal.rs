@@ -33,6 +33,18 @@ impl RawTerminal {
         TERMINAL_IS_RAW.store(true, Ordering::Relaxed);
         Ok(Some(Self))
     }
+
+    /// Has the terminal be what it was in the end, and in a crash, whatever another process of ours makes of it meanwhile.
+    pub fn guard() -> io::Result<Option<Self>> {
+        let stdin = io::stdin();
+        if !stdin.is_terminal() {
+            return Ok(None);
+        }
+        let _ = BEFORE.set(tcgetattr(&stdin)?);
+        restore_on_crash()?;
+        TERMINAL_IS_RAW.store(true, Ordering::Relaxed);
+        Ok(Some(Self))
+    }
 }
 
 impl Drop for RawTerminal {

@@ -7,18 +7,13 @@ use std::time::Instant;
 
 use clap::Args;
 
-use super::api_socket::ApiSocket;
-use super::console::Console;
-use super::exit::{self, Exit};
-use super::run::{LogLevel, tell};
-use super::serve::{OnSignal, Served, serve};
-use super::signals::Signals;
+use super::exit;
+use super::jailed::{self, Outcome, Outside};
+use super::run::{JailArgs, LogLevel, open_console, serve_to_end};
 use super::start_error::StartError;
-use crate::backend::{HostFiles, OpenDirectly};
 use crate::config::firecracker::VmDescription;
 use crate::config::{SerialConfig, Transport};
 use crate::control::{Identity, Owner};
-use crate::machine::{End, MachineError};
 use crate::observe::{Timeline, init_log};
 
 /// Serve the API on a unix socket, for a VM that is described there (see docs/api.md)
@@ -54,6 +49,9 @@ pub struct VmmArgs {
     /// What to log on standard error
     #[arg(long, value_name = "LEVEL", default_value = "warn")]
     log_level: LogLevel,
+
+    #[command(flatten)]
+    jail: JailArgs,
 }
 
 /// The id of a VM, as Firecracker's clients choose it.
@@ -71,38 +69,29 @@ pub fn read_description(path: &std::path::Path) -> Result<VmDescription, StartEr
 
 pub fn run(args: &VmmArgs, start: Instant) -> ExitCode {
     init_log(args.log_level.into());
-    let exit = match run_to_end(args, &Arc::new(Timeline::from(start))) {
-        Ok(end) => {
-            tell(&end);
-            Exit::from(&end)
-        }
-        Err(error) => error.report(),
+    let code = match run_to_end(args, &Arc::new(Timeline::from(start))) {
+        Ok(outcome) => outcome.code,
+        Err(error) => error.report() as u8,
     };
     // Without unwinding the machine: the host takes everything back at once, and faster than we could.
-    std::process::exit(exit as i32);
+    std::process::exit(code.into());
 }
 
-fn run_to_end(args: &VmmArgs, timeline: &Arc<Timeline>) -> Result<End, StartError> {
-    let resources = |what| move |source: std::io::Error| MachineError::Host { what, source };
-    let host: Arc<dyn HostFiles> = Arc::new(OpenDirectly);
-    let mut signals = Signals::block().map_err(resources("listen to signals"))?;
-    let mut socket = ApiSocket::listen(&args.api_sock, &*host)?;
-    socket.max_body = args.http_api_max_payload_size;
-
+fn run_to_end(args: &VmmArgs, timeline: &Arc<Timeline>) -> Result<Outcome, StartError> {
+    let mut outside = Outside::new(args.jail.level, Some(&args.api_sock), &args.serial)?;
+    if let Some(socket) = &mut outside.api {
+        socket.max_body = args.http_api_max_payload_size;
+    }
+    let description = args.config.as_deref().map(read_description).transpose()?;
     let identity = Identity { id: args.id.clone(), ..Identity::tranche(args.transport) };
-    let mut owner = Owner::new(identity, host.clone(), args.serial.clone(), timeline.clone());
-    if let Some(path) = &args.config {
-        owner.load(read_description(path)?)?;
-        owner.start()?;
-    }
-    let mut console = Console::open(&args.serial, &*host).map_err(|source| match &args.serial {
-        SerialConfig::Socket(path) => MachineError::Serial { path: path.clone(), source },
-        _ => MachineError::Host { what: "use the terminal", source },
-    })?;
-    let api = socket.serve(owner.view()).map_err(resources("serve the API"))?;
-    let served = serve(owner, &mut console, &mut signals, OnSignal::PowerButton, Some(api));
-    match served.map_err(resources("wait for events"))? {
-        Served::Ended(end) => Ok(end),
-        Served::Signal(_) | Served::LoadFailed => Ok(End::Killed),
-    }
+    Ok(jailed::run(outside, |mut inside| {
+        let mut owner = Owner::new(identity, inside.host.clone(), args.serial.clone(), timeline.clone());
+        inside.instruct(&mut owner);
+        if let Some(description) = description {
+            owner.load(description)?;
+            owner.start()?;
+        }
+        let mut console = open_console(&args.serial, &inside.host)?;
+        serve_to_end(owner, &mut console, inside, || {})
+    }))
 }

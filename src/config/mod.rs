@@ -2,6 +2,7 @@
 
 mod cpu;
 pub mod firecracker;
+mod jail;
 mod limits;
 mod options;
 mod saved;
@@ -17,6 +18,7 @@ use serde::{Deserialize, Serialize};
 use thiserror::Error;
 
 pub use cpu::{BitChange, CpuChanges, CpuidChange, CpuidRegister, MsrChange};
+pub use jail::JailLevel;
 pub use limits::{RateLimits, TokenBucket};
 pub use saved::{Override, OverrideError, SavedDisk, SavedNic, SavedVm};
 pub use shape::{CpuShape, MemoryPages, MemoryPolicy, MemoryPolicyArg, MemoryShape, check_threads};

@@ -1,6 +1,10 @@
 //! What can be asked, and answered.
 
+use std::path::PathBuf;
+
+use crate::backend::{HostFile, Right};
 use crate::config::firecracker as fc;
+use crate::snapshot::{NewFiles, NewFolder};
 
 use super::{Fault, ResizeRequest, RestoreRequest, SnapshotRequest};
 
@@ -92,6 +96,50 @@ impl Call {
                 | Self::GetVm
                 | Self::GetMetrics
         )
+    }
+
+    /// What a VM may ask its host for because a client has named it, call by call as groups of what is done once. Calls from
+    /// before the start name nothing: until then, a VM asks for what it likes.
+    #[must_use]
+    pub fn named(&self) -> Vec<Vec<Right>> {
+        let disk = |path: &PathBuf, read_only| Right::Open(HostFile::Disk { path: path.clone(), read_only });
+        match self {
+            Self::PutDrive(drive) => {
+                let path = drive.path_on_host.iter();
+                vec![path.map(|path| disk(path, drive.is_read_only.unwrap_or(false))).collect()]
+            }
+            // The drive knows whether it is written to.
+            Self::PatchDrive(patch) => patch.path_on_host.iter().map(|path| vec![disk(path, false)]).collect(),
+            Self::PutNetwork(nic) => vec![vec![Right::JoinTap(nic.host_dev_name.clone())]],
+            Self::Snapshot(request) => vec![NewFolder::rights(&request.path)],
+            Self::CreateFiles(request) => {
+                [&request.snapshot_path, &request.mem_file_path].map(|path| NewFiles::rights(path)).into()
+            }
+            Self::GetInstance
+            | Self::GetVersion
+            | Self::GetDescription
+            | Self::GetMachineConfig
+            | Self::PutMachineConfig(_)
+            | Self::PatchMachineConfig(_)
+            | Self::PutCpuConfig(_)
+            | Self::PutBootSource(_)
+            | Self::DeleteDrive(_)
+            | Self::PatchNetwork(_)
+            | Self::DeleteNetwork(_)
+            | Self::PutEntropy(_)
+            | Self::PutSerial(_)
+            | Self::PutLogger(_)
+            | Self::PutMetrics(_)
+            | Self::Act(_)
+            | Self::SetState(_)
+            | Self::Missing(..)
+            | Self::GetVm
+            | Self::GetMetrics
+            | Self::Power(_)
+            | Self::Resize(_)
+            | Self::Restore(_)
+            | Self::LoadFiles(_) => Vec::new(),
+        }
     }
 
     pub fn when(&self) -> When {

@@ -26,7 +26,7 @@ pub use self::call::{Answer, Answerer, Call, Power, When};
 pub use self::calls::{CallSender, Calls, Listener, Message, calls};
 pub use self::fault::{Fault, FaultKind};
 pub use self::metrics::ApiCounts;
-pub use self::owner::{FIRECRACKER_VERSION, Identity, Owner};
+pub use self::owner::{BeforeGuest, FIRECRACKER_VERSION, Identity, Owner};
 pub use self::resize::{Keeper, ResizeRequest, Size};
 pub use self::snapshots::{RestoreRequest, Revival, SnapshotRequest, SnapshotTimes};
 pub use self::view::{View, Work};

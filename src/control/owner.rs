@@ -1,5 +1,6 @@
 //! The one owner of a VM: knows what may be asked when, and does it.
 
+use std::io;
 use std::path::Path;
 use std::sync::Arc;
 
@@ -65,6 +66,9 @@ impl Identity {
 /// Whose interface we speak.
 pub const FIRECRACKER_VERSION: &str = "1.17.0";
 
+/// Done once, before a guest's first instruction.
+pub type BeforeGuest = Box<dyn FnOnce() -> io::Result<()> + Send>;
+
 /// A VM and its clients.
 pub struct Owner {
     pub(super) identity: Arc<Identity>,
@@ -86,6 +90,8 @@ pub struct Owner {
     /// CPUs and memory from the next start on.
     pub(super) next_size: Option<Size>,
     pub(super) keeper: Option<Keeper>,
+    /// What is to be done before a guest's first instruction.
+    before_guest: Option<BeforeGuest>,
     metrics: Option<MetricsFile>,
     api: Option<ApiCounts>,
     latencies: Arc<Latencies>,
@@ -116,6 +122,7 @@ impl Owner {
             load_failed: false,
             next_size: None,
             keeper: None,
+            before_guest: None,
             metrics: None,
             api: None,
             latencies: Arc::default(),
@@ -124,6 +131,20 @@ impl Owner {
             view: Arc::default(),
             shows: false,
         }
+    }
+
+    /// Has something done before there is a guest that runs.
+    pub fn before_guest(&mut self, work: BeforeGuest) {
+        self.before_guest = Some(work);
+    }
+
+    /// To be called before a guest may run.
+    pub(super) fn prepare_for_guest(&mut self) -> Result<(), MachineError> {
+        self.before_guest.take().map_or(Ok(()), |work| work()).map_err(|source| {
+            // Without that, nothing may run.
+            self.before_guest = Some(Box::new(|| Err(io::ErrorKind::PermissionDenied.into())));
+            MachineError::Host { what: "give up rights that nobody needs any more", source }
+        })
     }
 
     /// Where the owner publishes how things stand, once it serves.
@@ -288,6 +309,7 @@ impl Owner {
         let parts = self.plan.parts(&*self.host, &self.identity, &self.console)?;
         let mut machine = Machine::build(parts, &*self.host, &self.timeline)?;
         machine.serial().limit(self.plan.serial_limits);
+        self.prepare_for_guest()?;
         machine.start()?;
         self.install(machine);
         self.write_metrics();
@@ -299,6 +321,7 @@ impl Owner {
     /// # Errors
     /// When the host has no threads left.
     pub fn adopt(&mut self, mut machine: Machine, config: &VmConfig) -> Result<(), MachineError> {
+        self.prepare_for_guest()?;
         machine.start()?;
         self.install(machine);
         self.plan.describe(config);

@@ -319,7 +319,9 @@ impl Owner {
         let origin = Origin::Saved { state: Box::new(state.machine), memory, clock };
         let parts = Parts::of_saved(config, origin, console, self.identity.vcpu_thread, &*self.host)?;
         let parts = Parts { track_writes, ..parts };
-        self.install(Machine::build(parts, &*self.host, &self.timeline)?);
+        let machine = Machine::build(parts, &*self.host, &self.timeline)?;
+        self.prepare_for_guest()?;
+        self.install(machine);
         Arc::make_mut(&mut self.identity).transport = config.transport;
         self.plan.describe_saved(&state.description, config, track_writes);
         Ok(())

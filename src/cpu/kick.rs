@@ -7,7 +7,7 @@
 #![expect(unsafe_code, reason = "the vCPU's page is shared with KVM and reached through a raw pointer")]
 
 use std::ptr::NonNull;
-use std::sync::atomic::{AtomicU8, Ordering};
+use std::sync::atomic::{AtomicBool, AtomicU8, Ordering};
 
 use kvm_bindings::kvm_run;
 use kvm_ioctls::VcpuFd;
@@ -21,7 +21,12 @@ pub fn kick_signal() -> libc::c_int {
 /// Makes the kick signal harmless, once per process.
 pub fn install_handler() -> Result<(), vmm_sys_util::errno::Error> {
     extern "C" fn nothing(_: libc::c_int, _: *mut libc::siginfo_t, _: *mut libc::c_void) {}
-    register_signal_handler(kick_signal(), nothing)
+    static DONE: AtomicBool = AtomicBool::new(false);
+    if !DONE.load(Ordering::Relaxed) {
+        register_signal_handler(kick_signal(), nothing)?;
+        DONE.store(true, Ordering::Relaxed);
+    }
+    Ok(())
 }
 
 /// The page a vCPU shares with KVM (`struct kvm_run`), for what the safe interface does not reach.

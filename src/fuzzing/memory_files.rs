@@ -4,10 +4,11 @@ use std::fs::File;
 use std::io::{self, Write};
 use std::os::fd::AsRawFd;
 use std::os::unix::fs::FileExt;
-use std::os::unix::net::{UnixListener, UnixStream};
+use std::os::unix::net::UnixListener;
 use std::path::{Path, PathBuf};
 
 use super::input::Input;
+use crate::backend::host::Peer;
 use crate::backend::{HostFile, HostFiles};
 
 /// Bytes of the largest file that [`sparse`] makes.
@@ -59,7 +60,7 @@ impl HostFiles for MemoryFiles {
         File::options().read(true).write(!read_only).open(format!("/proc/self/fd/{}", file.as_raw_fd()))
     }
 
-    fn connect(&self, _path: &Path) -> io::Result<UnixStream> {
+    fn connect(&self, _path: &Path) -> io::Result<Peer> {
         Err(io::ErrorKind::NotFound.into())
     }
 

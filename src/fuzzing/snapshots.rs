@@ -2,7 +2,7 @@
 
 use std::fs::{self, File};
 use std::io;
-use std::os::unix::net::{UnixListener, UnixStream};
+use std::os::unix::net::UnixListener;
 use std::path::{Path, PathBuf};
 
 use serde_json::{Value, json};
@@ -10,6 +10,7 @@ use sha2::{Digest, Sha256};
 
 use super::input::Input;
 use super::memory_files::empty;
+use crate::backend::host::Peer;
 use crate::backend::{HostFile, HostFiles, OpenDirectly};
 use crate::machine::{Machine, Origin, Parts, SaveError, SavedMemory, SerialSetup, State};
 use crate::observe::Timeline;
@@ -168,7 +169,7 @@ impl HostFiles for Host {
         }
     }
 
-    fn connect(&self, _path: &Path) -> io::Result<UnixStream> {
+    fn connect(&self, _path: &Path) -> io::Result<Peer> {
         Err(io::ErrorKind::NotFound.into())
     }
 

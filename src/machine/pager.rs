@@ -6,7 +6,6 @@
 use std::io::{self, IoSlice};
 use std::mem::MaybeUninit;
 use std::os::fd::{AsFd, OwnedFd};
-use std::os::unix::net::UnixStream;
 use std::path::{Path, PathBuf};
 use std::sync::Arc;
 use std::time::Duration;
@@ -18,9 +17,10 @@ use thiserror::Error;
 
 use super::events::EventQueue;
 use super::lifecycle::End;
+use crate::backend::host::Peer;
 use crate::backend::{HostFile, HostFiles};
 use crate::memory::RamRegions;
-use crate::memory::userfault::{Mapping, Userfault, process_of_peer};
+use crate::memory::userfault::{Mapping, Userfault};
 use crate::threads::{self, Kind};
 
 #[derive(Debug, Error)]
@@ -41,7 +41,7 @@ pub enum PagerError {
 /// A handler that has been reached, and has not been told of any memory yet.
 #[derive(Debug)]
 pub struct OpenPager {
-    socket: UnixStream,
+    handler: Peer,
     userfault: Userfault,
 }
 
@@ -66,13 +66,13 @@ impl OpenPager {
     /// # Errors
     /// When nobody listens there, or the host does not allow such a thing.
     pub fn open(path: &Path, host: &dyn HostFiles) -> Result<Self, PagerError> {
-        let socket = host.connect(path).map_err(|source| PagerError::Reach { path: path.to_owned(), source })?;
+        let handler = host.connect(path).map_err(|source| PagerError::Reach { path: path.to_owned(), source })?;
         let userfault = match host.open(&HostFile::Userfault) {
             Ok(device) => Userfault::of_device(&device),
             // Older kernels have no such device.
             Err(_) => Userfault::of_right(),
         };
-        Ok(Self { socket, userfault: userfault.map_err(PagerError::NotAllowed)? })
+        Ok(Self { handler, userfault: userfault.map_err(PagerError::NotAllowed)? })
     }
 
     /// Hands over RAM that nobody has touched. If the handler ends before the VM, that is the VM's end.
@@ -85,7 +85,7 @@ impl OpenPager {
         let mut message = SendAncillaryBuffer::new(&mut space);
         message.push(SendAncillaryMessage::ScmRights(&descriptors));
         // It does not come in pieces: a stream's message of this size never does.
-        sendmsg(&self.socket, &[IoSlice::new(&text)], &mut message, SendFlags::NOSIGNAL)
+        sendmsg(&self.handler.socket, &[IoSlice::new(&text)], &mut message, SendFlags::NOSIGNAL)
             .map_err(|error| PagerError::HandOver(error.into()))?;
         Pager::watch(self, events.clone()).map_err(PagerError::HandOver)
     }
@@ -103,8 +103,7 @@ const PATIENCE: Duration = Duration::from_secs(3);
 
 impl Pager {
     fn watch(open: OpenPager, events: Arc<EventQueue>) -> io::Result<Self> {
-        let OpenPager { socket, userfault } = open;
-        let process = process_of_peer(&socket);
+        let OpenPager { handler: Peer { socket, process }, userfault } = open;
         let stop = Arc::new(eventfd(0, EventfdFlags::CLOEXEC)?);
         let stopped = stop.clone();
         threads::spawn(Kind::Main, "pager", None, move || {

@@ -248,6 +248,14 @@ impl Folder {
         Ok(snapshot)
     }
 
+    /// What it takes to read that of a snapshot.
+    ///
+    /// # Errors
+    /// The host's.
+    pub fn manifest_right(path: &Path, host: &dyn HostFiles) -> io::Result<Right> {
+        Ok(Right::Open(HostFile::Read(host.canonical(path)?.join(MANIFEST))))
+    }
+
     /// Reads what a snapshot says of itself, and nothing else.
     ///
     /// # Errors

@@ -7,7 +7,7 @@ use std::path::{Path, PathBuf};
 use serde::{Deserialize, Serialize};
 use thiserror::Error;
 
-use crate::config::{ConfigError, MemorySize, VmConfig};
+use crate::config::{ConfigError, JailLevel, MemorySize, VmConfig};
 
 /// A definition. Newer releases read what older ones wrote.
 #[derive(Debug, Clone, PartialEq, Eq, Serialize, Deserialize)]
@@ -23,6 +23,8 @@ pub struct Definition {
     /// The disk that is getting its size just now, or was when somebody was killed at that.
     #[serde(default, skip_serializing_if = "Option::is_none")]
     pub resizing: Option<String>,
+    #[serde(default)]
+    pub jail: JailLevel,
     /// Its kernel is a path, or the name of an imported one.
     pub vm: VmConfig,
 }
@@ -50,7 +52,14 @@ impl Definition {
 
     #[must_use]
     pub fn new(vm: VmConfig) -> Self {
-        Self { version: Self::VERSION, ready: None, disk_sizes: BTreeMap::new(), resizing: None, vm }
+        Self {
+            version: Self::VERSION,
+            ready: None,
+            disk_sizes: BTreeMap::new(),
+            resizing: None,
+            jail: JailLevel::default(),
+            vm,
+        }
     }
 
     /// # Errors
@@ -91,7 +100,7 @@ impl Definition {
     /// Would a start now be of something else than what `running` was started with?
     #[must_use]
     pub fn differs_from(&self, running: &Self) -> bool {
-        self.vm != running.vm || !self.disk_sizes.is_empty()
+        self.vm != running.vm || self.jail != running.jail || !self.disk_sizes.is_empty()
     }
 
     /// The files that it names, but for an imported kernel.

@@ -11,6 +11,9 @@ use serde::{Deserialize, Serialize};
 #[derive(Debug, Clone, PartialEq, Eq, Serialize, Deserialize)]
 pub struct Life {
     pub pid: u32,
+    /// The process in which the guest runs, if it is another one.
+    #[serde(default)]
+    pub vmm: Option<u32>,
     /// Of the host: none of its processes is left when it is another one.
     pub boot_id: String,
     /// Milliseconds since 1970.
@@ -67,7 +70,7 @@ impl Life {
     /// One that begins now, in this process.
     #[must_use]
     pub fn begin() -> Self {
-        Self { pid: std::process::id(), boot_id: boot_id(), started: now(), ended: None }
+        Self { pid: std::process::id(), vmm: None, boot_id: boot_id(), started: now(), ended: None }
     }
 
     pub(super) fn read(path: &Path) -> Option<Self> {

@@ -254,6 +254,16 @@ impl Vm {
 }
 
 impl Running {
+    /// What writes down that the guest runs in another process.
+    pub fn note_vmm(&self) -> impl FnOnce(u32) + use<> {
+        let (path, life) = (self.vm.dir.join(LIFE), self.life.clone());
+        move |vmm| {
+            if let Err(error) = (Life { vmm: Some(vmm), ..life }).write(&path) {
+                tracing::warn!("cannot write down which process the VM's is: {error}");
+            }
+        }
+    }
+
     /// Writes down how it ended. The VM stays locked until the process that was it is gone, and its disks with it.
     pub fn end(&mut self, code: u8, reason: String) {
         self.life.ended = Some(Ended { time: life::now(), code, reason });

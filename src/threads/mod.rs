@@ -1,5 +1,6 @@
 //! Threads of a VM: each is of a kind, and begins with giving up what its kind does not need.
 
+use std::cell::Cell;
 use std::io;
 use std::sync::OnceLock;
 use std::thread::{Builder, JoinHandle};
@@ -17,6 +18,28 @@ pub enum Kind {
     Io,
 }
 
+impl Kind {
+    #[must_use]
+    pub fn name(self) -> &'static str {
+        match self {
+            Self::Main => "main",
+            Self::Vcpu => "vcpu",
+            Self::Api => "api",
+            Self::Io => "io",
+        }
+    }
+}
+
+thread_local! {
+    static THIS: Cell<Kind> = const { Cell::new(Kind::Main) };
+}
+
+/// Which kind this thread is of. A signal handler may ask.
+#[must_use]
+pub fn kind_of_this_thread() -> Kind {
+    THIS.get()
+}
+
 /// How a thread gives up what it does not need.
 pub type Confine = fn(Kind) -> io::Result<()>;
 
@@ -32,6 +55,7 @@ pub fn confine_with(confine: Confine) {
 /// # Errors
 /// The host's: it has kept something, and is not to go on.
 pub fn confine(kind: Kind) -> io::Result<()> {
+    THIS.set(kind);
     CONFINE.get().map_or(Ok(()), |confine| confine(kind))
 }
 

@@ -57,7 +57,11 @@ impl Vm {
 
     pub fn ask(&self, method: &str, path: &str, body: Option<&str>) -> Answer {
         let mut client = Client::connect(&self.socket).unwrap();
-        client.request(method, path, body.map(str::as_bytes)).unwrap()
+        client.request(method, path, body.map(str::as_bytes)).unwrap_or_else(|error| {
+            // It has ended, and says why in a moment.
+            std::thread::sleep(Duration::from_millis(100));
+            panic!("{method} {path}: {error:?}; errors:\n{}", self.running.errors.text())
+        })
     }
 
     /// What a GET shows.

@@ -26,6 +26,25 @@ impl Nobody {
         Self { dir }
     }
 
+    /// A kernel that any user gets at.
+    pub fn kernel(&self) -> PathBuf {
+        self.dir.path().join("hello")
+    }
+
+    /// Runs a guest at a level of jail where Linux makes no user namespaces: in a root directory that is not its mount
+    /// namespace's.
+    pub fn run_without_user_namespaces(&self, level: &str) -> Command {
+        let mut command = Command::new("unshare");
+        let script = "mount --rbind / /mnt\nmount -t tmpfs -o mode=755 none /mnt/mnt\n\
+                      mknod -m 666 /mnt/mnt/kvm c $(stat -c '0x%t 0x%T' /dev/kvm)\n\
+                      mount --bind /mnt/mnt/kvm /mnt/dev/kvm\n\
+                      exec chroot --userspec=65534:65534 /mnt \"$0\" \"$@\"";
+        command.args(["--mount", "sh", "-ec"]).arg(script);
+        command.arg(self.dir.path().join("tranche")).args(["run", "--jail", level, "--kernel"]).arg(self.kernel());
+        command.env("XDG_CACHE_HOME", self.dir.path().join("no-such-cache"));
+        command
+    }
+
     /// A file that only root can read.
     pub fn private_file(&self) -> PathBuf {
         let path = self.dir.path().join("private");

@@ -43,7 +43,7 @@ echo second=$(interrupts input.1)
     let running = guest.start(&script);
     let sum = md5(&pattern);
     let mut stream = accept(&to_guest);
-    look(running.child.id());
+    look(running.vmm());
     stream.write_all(&pattern).unwrap();
     drop(stream);
     let receiver = std::thread::spawn(move || {

@@ -93,14 +93,15 @@ echo got=$(md5sum < /tmp/got)
     assert!(value(&ended.output, "got").starts_with(&md5(&sent)));
 }
 
-/// The only process that the VM has started.
+/// The only process that has been started for the VM, besides its own.
 fn passt_of(running: &Running) -> Pid {
     let pid = running.child.id();
     let children = std::fs::read_dir(format!("/proc/{pid}/task")).unwrap().flat_map(|task| {
         let text = std::fs::read_to_string(task.unwrap().path().join("children")).unwrap_or_default();
         text.split_whitespace().map(|pid| pid.parse().unwrap()).collect::<Vec<i32>>()
     });
-    let children: Vec<i32> = children.collect();
+    let vmm = running.vmm() as i32;
+    let children: Vec<i32> = children.filter(|&child| child != vmm).collect();
     assert_eq!(children.len(), 1, "{children:?}");
     Pid::from_raw(children[0]).unwrap()
 }
@@ -121,5 +122,5 @@ ping -c 1 -W 1 10.0.2.2 > /dev/null; echo ping=$?
     let ended = running.wait(LIMIT).expect_code(0);
     assert!(ended.output.contains("\nout\n"));
     assert_ne!(value(&ended.output, "ping"), "0");
-    assert!(ended.errors.contains("net0: the user network is gone: it has ended (signal: 9"), "{}", ended.errors);
+    assert!(ended.errors.contains("net0: the user network is gone: it has ended"), "{}", ended.errors);
 }

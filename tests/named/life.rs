@@ -269,3 +269,25 @@ fn forwarded_ports_are_its_address() {
     home.done(&["restart", "a", "--timeout", "0", "--kill"]);
     assert_eq!(home.inspect("a")["running"]["vm"]["nics"][0]["mac"], mac, "its card stays the same");
 }
+
+#[test]
+fn its_jail_is_seen_from_outside_and_its_level_is_kept() {
+    let home = Home::new();
+    home.create("strict", "hello", "end=halt", &[]);
+    home.create("off", "hello", "end=halt", &["--jail", "off"]);
+    for name in ["strict", "off"] {
+        home.done(&["start", name]);
+    }
+    let jail = &home.inspect("strict")["jail"];
+    let namespaces: Vec<_> = jail["namespaces"].as_array().unwrap().iter().map(|name| name.as_str().unwrap()).collect();
+    assert!(namespaces.contains(&"user") && namespaces.contains(&"pid"), "{jail}");
+    assert_eq!(jail["capabilities"], "0000000000000000 0000000000000000", "{jail}");
+    assert!(jail["no-new-privileges"] == true && jail["dumpable"] == false, "{jail}");
+    // The thread that has just begun, too: each is filtered before the guest runs.
+    assert!(jail["threads"].as_u64().unwrap() > 2 && jail["threads"] == jail["filtered-threads"], "{jail}");
+    let jail = &home.inspect("off")["jail"];
+    assert!(jail["namespaces"].as_array().unwrap().is_empty() && jail["filtered-threads"] == 0, "{jail}");
+    home.done(&["kill", "strict", "off"]);
+    assert!(home.inspect("strict")["jail"].is_null());
+    assert_eq!(home.inspect("off")["definition"]["jail"], "off");
+}

@@ -102,7 +102,7 @@ fn survives(transport: &str, cmdline: &str) {
     let running = Running::start(&mut command);
     running.output.wait_for("neighbour\n", LIMIT);
     // `ip netns exec` becomes the program.
-    let pid = running.child.id();
+    let pid = running.vmm();
     let (memory_before, files) = (memory(pid), names(Path::new(&format!("/proc/{pid}/fd"))));
     running.output.wait_for(" failed\n", LIMIT);
     let grown = memory(pid).saturating_sub(memory_before);

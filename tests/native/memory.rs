@@ -13,7 +13,7 @@ fn status(pid: u32, key: &str) -> u64 {
 fn unused_memory_costs_nothing() {
     let resident = |memory| {
         let running = started(guest("hello", "end=halt").args(["--memory", memory]), "\nend\n");
-        status(running.child.id(), "VmRSS:")
+        status(running.vmm(), "VmRSS:")
     };
     let (small, large) = (resident("128M"), resident("64G"));
     assert!(large < small + 1024, "128M takes {small} KiB, 64G {large} KiB");

@@ -77,7 +77,7 @@ fn a_guest_that_hangs_on_its_console_can_be_ended() {
     let command = command.args(["--log-level", "debug"]).stdin(Stdio::piped()).stdout(writer).stderr(Stdio::piped());
     let running = Running::spawn(command);
     let deadline = Instant::now() + LIMIT;
-    while !hangs_in_write(running.child.id()) {
+    while !hangs_in_write(running.vmm()) {
         assert!(Instant::now() < deadline, "the guest does not write");
         std::thread::sleep(Duration::from_millis(5));
     }

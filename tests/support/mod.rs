@@ -107,6 +107,25 @@ impl Running {
         Self { child, output, errors, input }
     }
 
+    /// The process in which the guest runs: a child of the program's, once it is jailed.
+    pub fn vmm(&self) -> u32 {
+        let pid = self.child.id();
+        let program = |pid: u32| std::fs::read_link(format!("/proc/{pid}/exe")).ok();
+        let deadline = Instant::now() + Duration::from_secs(60);
+        loop {
+            let tasks = std::fs::read_dir(format!("/proc/{pid}/task")).unwrap().flatten();
+            let children = tasks.flat_map(|task| {
+                let text = std::fs::read_to_string(task.path().join("children")).unwrap_or_default();
+                text.split_whitespace().map(|pid| pid.parse().unwrap()).collect::<Vec<u32>>()
+            });
+            if let Some(vmm) = children.into_iter().find(|&child| program(child) == program(pid)) {
+                return vmm;
+            }
+            assert!(Instant::now() < deadline, "the program has no VMM");
+            std::thread::sleep(Duration::from_millis(1));
+        }
+    }
+
     pub fn send(&mut self, text: &str) {
         self.input.as_mut().expect("input is open").write_all(text.as_bytes()).unwrap();
     }

@@ -8,15 +8,19 @@ mod reply;
 #[cfg(test)]
 mod tests;
 
-use std::io;
-use std::os::fd::{AsRawFd, RawFd};
+use std::io::{self, IoSlice, IoSliceMut};
+use std::mem::MaybeUninit;
+use std::os::fd::{AsFd, AsRawFd, BorrowedFd, OwnedFd, RawFd};
 use std::os::unix::net::UnixListener;
 use std::sync::Arc;
 use std::thread::JoinHandle;
 use std::time::Duration;
 
 use rustix::io::Errno;
-use rustix::net::SocketFlags;
+use rustix::net::{
+    RecvAncillaryBuffer, RecvAncillaryMessage, RecvFlags, SendAncillaryBuffer, SendAncillaryMessage, SendFlags,
+    SocketFlags, recvmsg, sendmsg,
+};
 use vmm_sys_util::epoll::{ControlOperation, Epoll, EpollEvent, EventSet};
 
 use self::connection::{Connection, Found, Gone, READ};
@@ -66,8 +70,56 @@ impl Default for Limits {
     }
 }
 
+/// Where clients come from.
+pub enum Clients {
+    Listener(UnixListener),
+    /// Another process accepts them and hands them over, one a message; see [`pass_client`].
+    Passed(OwnedFd),
+}
+
+impl AsFd for Clients {
+    fn as_fd(&self) -> BorrowedFd<'_> {
+        match self {
+            Self::Listener(listener) => listener.as_fd(),
+            Self::Passed(socket) => socket.as_fd(),
+        }
+    }
+}
+
+impl Clients {
+    fn next(&self) -> rustix::io::Result<OwnedFd> {
+        match self {
+            Self::Listener(listener) => rustix::net::accept_with(listener, SocketFlags::CLOEXEC),
+            Self::Passed(socket) => {
+                let mut space = [MaybeUninit::uninit(); rustix::cmsg_space!(ScmRights(1))];
+                let mut ancillary = RecvAncillaryBuffer::new(&mut space);
+                let flags = RecvFlags::CMSG_CLOEXEC | RecvFlags::DONTWAIT;
+                recvmsg(socket, &mut [IoSliceMut::new(&mut [0])], &mut ancillary, flags)?;
+                let fds = ancillary.drain().filter_map(|message| match message {
+                    RecvAncillaryMessage::ScmRights(mut fds) => fds.next(),
+                    _ => None,
+                });
+                fds.last().ok_or(Errno::CONNABORTED)
+            }
+        }
+    }
+}
+
+/// Hands a client over to a server of another process.
+///
+/// # Errors
+/// The host's; `WouldBlock` when too many wait there.
+pub fn pass_client(server: &OwnedFd, client: BorrowedFd<'_>) -> io::Result<()> {
+    let mut space = [MaybeUninit::uninit(); rustix::cmsg_space!(ScmRights(1))];
+    let mut ancillary = SendAncillaryBuffer::new(&mut space);
+    let clients = [client];
+    ancillary.push(SendAncillaryMessage::ScmRights(&clients));
+    let flags = SendFlags::NOSIGNAL | SendFlags::DONTWAIT;
+    Ok(sendmsg(server, &[IoSlice::new(&[0])], &mut ancillary, flags).map(drop)?)
+}
+
 pub struct Server<S> {
-    listener: UnixListener,
+    clients: Clients,
     epoll: Epoll,
     post: Arc<Post>,
     limits: Limits,
@@ -108,18 +160,18 @@ impl<S: Service> Server<S> {
     ///
     /// # Errors
     /// When there are no descriptors or threads to be had.
-    pub fn spawn(listener: UnixListener, thread_name: &str, limits: Limits, service: S) -> io::Result<ServerHandle> {
+    pub fn spawn(clients: Clients, thread_name: &str, limits: Limits, service: S) -> io::Result<ServerHandle> {
         // A client may have left before it is accepted.
-        listener.set_nonblocking(true)?;
+        rustix::io::ioctl_fionbio(&clients, true)?;
         let post = Arc::new(Post::new()?);
         let epoll = Epoll::new()?;
-        watch(&epoll, ControlOperation::Add, listener.as_raw_fd(), EventSet::IN, LISTENER)?;
+        watch(&epoll, ControlOperation::Add, clients.as_fd().as_raw_fd(), EventSet::IN, LISTENER)?;
         let bell = EventSet::IN | EventSet::EDGE_TRIGGERED;
         watch(&epoll, ControlOperation::Add, post.bell().as_raw_fd(), bell, BELL)?;
         let connections = Vec::new();
         let handle = Arc::clone(&post);
         let server = Self {
-            listener,
+            clients,
             epoll,
             post,
             limits,
@@ -234,7 +286,7 @@ impl<S: Service> Server<S> {
     }
 
     fn accept(&mut self) {
-        let socket = match rustix::net::accept_with(&self.listener, SocketFlags::CLOEXEC) {
+        let socket = match self.clients.next() {
             Ok(socket) => {
                 self.said = false;
                 socket
@@ -287,7 +339,7 @@ impl<S: Service> Server<S> {
 
     fn accept_again(&mut self, accepts: bool) {
         let events = if accepts { EventSet::IN } else { EventSet::empty() };
-        if watch(&self.epoll, ControlOperation::Modify, self.listener.as_raw_fd(), events, LISTENER).is_ok() {
+        if watch(&self.epoll, ControlOperation::Modify, self.clients.as_fd().as_raw_fd(), events, LISTENER).is_ok() {
             self.accepts = accepts;
         }
     }

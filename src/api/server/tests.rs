@@ -58,7 +58,7 @@ impl Rig {
         let (later, later_here) = mpsc::channel();
         let (streams, streams_here) = mpsc::channel();
         let listener = UnixListener::bind(&path).unwrap();
-        let handle = Server::spawn(listener, "api", limits, Paths { later, streams }).unwrap();
+        let handle = Server::spawn(Clients::Listener(listener), "api", limits, Paths { later, streams }).unwrap();
         Self { handle, path, later: later_here, streams: streams_here, _dir: dir }
     }
 

@@ -2,7 +2,7 @@
 
 use std::fs::File;
 use std::io::{self, PipeReader, PipeWriter, Read};
-use std::os::unix::net::{UnixListener, UnixStream};
+use std::os::unix::net::UnixListener;
 use std::path::{Path, PathBuf};
 use std::sync::Arc;
 use std::sync::atomic::{AtomicBool, Ordering};
@@ -11,7 +11,8 @@ use std::time::{Duration, Instant};
 
 use super::Api;
 use crate::api::client::{Answer, Client};
-use crate::api::server::{Limits, Server, ServerHandle};
+use crate::api::server::{Clients, Limits, Server, ServerHandle};
+use crate::backend::host::Peer;
 use crate::backend::{HostFile, HostFiles, OpenDirectly};
 use crate::config::{SerialConfig, Transport};
 use crate::control::{Calls, Identity, Owner, calls};
@@ -29,7 +30,7 @@ impl HostFiles for SlowHost {
         OpenDirectly.open(file)
     }
 
-    fn connect(&self, path: &Path) -> io::Result<UnixStream> {
+    fn connect(&self, path: &Path) -> io::Result<Peer> {
         OpenDirectly.connect(path)
     }
 
@@ -57,7 +58,7 @@ impl Vm {
         owner.begin_to_serve();
         let (sender, calls) = calls(owner.view()).unwrap();
         let listener = UnixListener::bind(dir.path().join("api")).unwrap();
-        let server = Server::spawn(listener, "api", Limits::default(), Api::new(sender)).unwrap();
+        let server = Server::spawn(Clients::Listener(listener), "api", Limits::default(), Api::new(sender)).unwrap();
         let end = Arc::<AtomicBool>::default();
         let ended = end.clone();
         let owner = std::thread::spawn(move || serve(owner, &calls, &ended));

@@ -105,6 +105,14 @@ fn route(request: &Request) -> Result<Route, Response> {
     })
 }
 
+/// The call that a request is, if it is one.
+pub fn call_of(request: &Request) -> Option<Call> {
+    match route(request) {
+        Ok(Route::Call(call)) => Some(call),
+        _ => None,
+    }
+}
+
 fn parse<T: DeserializeOwned>(request: &Request) -> Result<T, Response> {
     let parsed = serde_json::from_slice(&request.body);
     parsed.map_err(|error| problem(400, &format!("The body cannot be read: {error}.")))

@@ -22,6 +22,8 @@ pub enum DiskError {
     Size { path: PathBuf, source: io::Error },
     #[error("cannot use io_uring for disk {}", path.display())]
     Uring { path: PathBuf, source: io::Error },
+    #[error("disk {} comes too late for io_uring: the jail has no ring left", path.display())]
+    NoRing { path: PathBuf },
     #[error("disk {} is smaller than one sector of {SECTOR} bytes", path.display())]
     Empty { path: PathBuf },
     #[error("disk {} begins like a qcow2 image, and its format is not given", path.display())]

@@ -10,6 +10,7 @@ use serde::Serialize;
 
 use super::{DiskError, SECTOR};
 use crate::backend::host::{HostFile, HostFiles};
+use crate::backend::patience::until_free;
 
 /// An open, locked file or block device. Closing it gives up the lock.
 ///
@@ -31,12 +32,13 @@ impl DiskFile {
     /// # Errors
     /// Where it is no disk, or another has it.
     pub fn open(files: &dyn HostFiles, path: &Path, read_only: bool) -> Result<Self, DiskError> {
-        Self::open_with(files, path, read_only, |file| match lock(file, read_only) {
-            // POSIX allows either for a lock that another holds.
-            Err(error) if matches!(error.raw_os_error(), Some(libc::EAGAIN | libc::EACCES)) => {
-                Err(DiskError::Locked { path: path.to_owned(), read_only })
-            }
-            locked => locked.map_err(|source| DiskError::Lock { path: path.to_owned(), source }),
+        // POSIX allows either for a lock that another holds.
+        let is_held = |error: &io::Error| matches!(error.raw_os_error(), Some(libc::EAGAIN | libc::EACCES));
+        Self::open_with(files, path, read_only, |file| {
+            until_free(|| lock(file, read_only), is_held).map_err(|error| match is_held(&error) {
+                true => DiskError::Locked { path: path.to_owned(), read_only },
+                false => DiskError::Lock { path: path.to_owned(), source: error },
+            })
         })
     }
 

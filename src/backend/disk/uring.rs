@@ -6,15 +6,17 @@
 //!               └────────────── the rest of a short transfer ────────┘
 //! ```
 //!
-//! The ring is made, given its one file and restricted before any right is taken away. From then on it takes
-//! `READV`, `WRITEV` and `FSYNC` on that file and nothing else, and nothing more can be registered with it.
+//! A ring is made and restricted before any right is taken away. From then on it takes `READV`, `WRITEV` and `FSYNC` on
+//! its one registered file and nothing else; all that can be registered with it is another file in the place of that. So a
+//! process that may not make rings any more goes on with those that it has: they change disks when one is done with.
 
 #![expect(unsafe_code, reason = "the kernel is handed guest memory that it uses after the call has returned")]
 
 use std::fs::File;
 use std::io;
+use std::mem::ManuallyDrop;
 use std::os::fd::{AsRawFd, RawFd};
-use std::sync::Arc;
+use std::sync::{Arc, Mutex, PoisonError};
 
 use io_uring::register::Restriction;
 use io_uring::squeue::{Entry, Flags};
@@ -26,6 +28,23 @@ use crate::memory::IoBuf;
 
 /// The disk among the ring's registered files.
 const FILE: Fixed = Fixed(0);
+
+/// Transfers at a time of the rings that are kept.
+pub const DEPTH: u16 = 128;
+
+/// Rings that no disk has, once they are the last ones to be had.
+static KEPT: Mutex<Option<Vec<IoUring>>> = Mutex::new(None);
+
+fn kept() -> std::sync::MutexGuard<'static, Option<Vec<IoUring>>> {
+    KEPT.lock().unwrap_or_else(PoisonError::into_inner)
+}
+
+/// Makes so many rings that disks may have later: no more are made from now on.
+pub fn make_last_rings(spare: usize) {
+    // Without io_uring, disks do without.
+    let rings = (0..spare).map_while(|_| blank(DEPTH.into()).ok());
+    *kept() = Some(rings.collect());
+}
 
 /// What to do with a transfer's buffers.
 #[derive(Debug, Clone, Copy, PartialEq, Eq)]
@@ -49,8 +68,8 @@ struct Slot<T> {
 
 /// A ring over one disk. Each transfer carries a tag of type `T`.
 pub struct Uring<T> {
-    /// Before the slots, so that it is dropped first; `drop` has waited for the kernel already.
-    ring: IoUring,
+    /// Goes to the next disk when there are no others to be had.
+    ring: ManuallyDrop<IoUring>,
     slots: Vec<Option<Slot<T>>>,
     /// Indices of slots that are empty.
     free: Vec<u16>,
@@ -65,12 +84,17 @@ impl<T> Uring<T> {
     /// a lock on the file would last as long.
     ///
     /// # Errors
-    /// [`DiskError::Uring`] where the kernel has no io_uring or forbids it.
+    /// [`DiskError::Uring`] where the kernel has no io_uring or forbids it, [`DiskError::NoRing`] where all rings that
+    /// this process may have are in use.
     pub fn new(disk: &Arc<Disk>, file: &File, depth: u16) -> Result<Self, DiskError> {
-        let ring = restricted(file.as_raw_fd(), depth.into())
-            .map_err(|source| DiskError::Uring { path: disk.path().to_owned(), source })?;
+        let failed = |source| DiskError::Uring { path: disk.path().to_owned(), source };
+        let ring = match &mut *kept() {
+            Some(rings) => rings.pop().ok_or_else(|| DiskError::NoRing { path: disk.path().to_owned() })?,
+            None => blank(depth.into()).map_err(failed)?,
+        };
+        ring.submitter().register_files_update(FILE.0, &[file.as_raw_fd()]).map_err(failed)?;
         Ok(Self {
-            ring,
+            ring: ManuallyDrop::new(ring),
             slots: (0..depth).map(|_| None).collect(),
             free: (0..depth).rev().collect(),
             spare: Vec::new(),
@@ -193,6 +217,13 @@ impl<T> Drop for Uring<T> {
             self.wait();
             while self.complete().is_some() {}
         }
+        // SAFETY: nobody uses it after this.
+        let ring = unsafe { ManuallyDrop::take(&mut self.ring) };
+        if let Some(rings) = &mut *kept()
+            && ring.submitter().register_files_update(FILE.0, &[-1]).is_ok()
+        {
+            rings.push(ring);
+        }
     }
 }
 
@@ -231,16 +262,19 @@ impl<T> Slot<T> {
     }
 }
 
-/// Makes a ring for one file that takes what [`Operation`] needs and nothing else.
-fn restricted(file: RawFd, entries: u32) -> io::Result<IoUring> {
+/// Makes a ring with room for one file that takes what [`Operation`] needs and nothing else.
+fn blank(entries: u32) -> io::Result<IoUring> {
+    /// `IORING_REGISTER_FILES_UPDATE` (Linux, uapi/linux/io_uring.h).
+    const FILES_UPDATE: u8 = 6;
     let ring = build(entries)?;
     let submitter = ring.submitter();
-    submitter.register_files(&[file])?;
+    submitter.register_files(&[-1])?;
     submitter.register_restrictions(&mut [
         Restriction::sqe_op(opcode::Readv::CODE),
         Restriction::sqe_op(opcode::Writev::CODE),
         Restriction::sqe_op(opcode::Fsync::CODE),
         Restriction::sqe_flags_required(Flags::FIXED_FILE.bits()),
+        Restriction::register_op(FILES_UPDATE),
     ])?;
     submitter.register_enable_rings()?;
     Ok(ring)

@@ -8,6 +8,7 @@ use clap::Args;
 
 use super::failure::{Failure, conclude};
 use crate::cli::exit;
+use crate::cli::run::JailArgs;
 use crate::cli::start_error::StartError;
 use crate::cli::vm_args::VmArgs;
 use crate::config::MacAddress;
@@ -26,10 +27,20 @@ pub struct CreateArgs {
     name: String,
 
     #[command(flatten)]
-    vm: VmArgs,
+    new: NewVm,
+}
+
+/// What a named VM is made of.
+#[derive(Debug, Args)]
+pub struct NewVm {
+    #[command(flatten)]
+    pub vm: VmArgs,
 
     #[command(flatten)]
-    named: NamedArgs,
+    pub named: NamedArgs,
+
+    #[command(flatten)]
+    pub jail: JailArgs,
 }
 
 /// What only a named VM has.
@@ -42,16 +53,17 @@ pub struct NamedArgs {
 
 pub fn run(args: CreateArgs) -> ExitCode {
     conclude(Store::of_user().map_err(Failure::from).and_then(|store| {
-        create(&store, &args.name, args.vm, args.named)?;
+        create(&store, &args.name, args.new)?;
         exit::print(&format!("{}\n", args.name));
         Ok(())
     }))
 }
 
 /// Makes a VM, of files that are there.
-pub fn create(store: &Store, name: &str, vm: VmArgs, named: NamedArgs) -> Result<Vm, Failure> {
-    let mut definition = vm.into_definition()?;
-    definition.ready = named.ready.or(definition.ready);
+pub fn create(store: &Store, name: &str, new: NewVm) -> Result<Vm, Failure> {
+    let mut definition = new.vm.into_definition()?;
+    definition.ready = new.named.ready.or(definition.ready);
+    definition.jail = new.jail.level;
     find_kernel(&mut definition)?;
     definition.settle(Path::new("")).map_err(Failure::host("tell the current directory"))?;
     definition.vm.validate().map_err(|error| StartError::from(MachineError::from(error)))?;

@@ -30,20 +30,30 @@ const MAX_BACKLOG: usize = 256 << 10;
 /// How long a client may take in the end to take in what there is for it.
 const LAST_PATIENCE: Duration = Duration::from_millis(500);
 
-/// The console's thread, and its ends of the guest's.
+/// The console's thread.
 pub struct Hub {
-    output: Arc<File>,
-    keys: Option<File>,
     stop: UnixStream,
     thread: JoinHandle<()>,
 }
 
-impl Hub {
-    /// Begins to write to `log`, and to listen on `socket`, which must not be there.
+/// The guest's ends of its console.
+pub struct HubEnds {
+    output: Arc<File>,
+    keys: Option<File>,
+}
+
+/// A hub that does nothing yet.
+pub struct QuietHub {
+    room: Room,
+    stop: UnixStream,
+}
+
+impl QuietHub {
+    /// Opens `log`, and listens on `socket`, which must not be there.
     ///
     /// # Errors
     /// The host's.
-    pub fn start(log: &Path, socket: &Path) -> io::Result<Self> {
+    pub fn open(log: &Path, socket: &Path) -> io::Result<(Self, HubEnds)> {
         let log = LogWriter::open(log)?;
         let listener = UnixListener::bind(socket)?;
         listener.set_nonblocking(true)?;
@@ -62,10 +72,21 @@ impl Hub {
             history: VecDeque::with_capacity(HISTORY),
             clients: Vec::new(),
         };
-        let thread = thread::Builder::new().name("console".into()).spawn(move || room.serve())?;
-        Ok(Self { output: Arc::new(output.into()), keys: Some(keys.into()), stop, thread })
+        Ok((Self { room, stop }, HubEnds { output: Arc::new(output.into()), keys: Some(keys.into()) }))
     }
 
+    /// Starts its thread.
+    ///
+    /// # Errors
+    /// When the host has no more of them.
+    pub fn start(self) -> io::Result<Hub> {
+        let Self { room, stop } = self;
+        let thread = thread::Builder::new().name("console".into()).spawn(move || room.serve())?;
+        Ok(Hub { stop, thread })
+    }
+}
+
+impl HubEnds {
     /// Where the guest's output goes.
     pub fn output(&self) -> SerialConfig {
         SerialConfig::Open(OpenFile(self.output.clone()))
@@ -75,7 +96,9 @@ impl Hub {
     pub fn console(&mut self) -> Console {
         self.keys.take().map_or_else(Console::none, Console::of_keys)
     }
+}
 
+impl Hub {
     /// Lets go of all clients, once they have what the guest has written.
     pub fn finish(self) {
         drop(self.stop);
@@ -318,9 +341,10 @@ mod tests {
     fn one_writes_others_watch_and_all_see_everything() {
         let dir = tempfile::tempdir().unwrap();
         let (log, socket) = (dir.path().join("log"), dir.path().join("sock"));
-        let mut hub = Hub::start(&log, &socket).unwrap();
-        let keys_end = hub.keys.take().unwrap();
-        (&*hub.output).write_all(b"before\n").unwrap();
+        let (quiet, mut ends) = QuietHub::open(&log, &socket).unwrap();
+        let hub = quiet.start().unwrap();
+        let keys_end = ends.keys.take().unwrap();
+        (&*ends.output).write_all(b"before\n").unwrap();
         let (mut writer, answer) = connect(&socket, "write\nls\r");
         assert_eq!(answer, "writer\n");
         let (mut other, answer) = connect(&socket, "write\n");
@@ -333,7 +357,7 @@ mod tests {
         let _silent = UnixStream::connect(&socket).unwrap();
         other.get_mut().write_all(b"unheard").unwrap();
         assert_eq!(keys(&keys_end, 3), b"ls\r");
-        (&*hub.output).write_all(b"after").unwrap();
+        (&*ends.output).write_all(b"after").unwrap();
         for client in [&mut writer, &mut other, &mut watcher] {
             read(client, "before\nafter");
         }
@@ -346,7 +370,7 @@ mod tests {
         // When the writer has left, another can be one.
         writer.get_ref().shutdown(Shutdown::Both).unwrap();
         while connect(&socket, "write\n").1 != "writer\n" {}
-        (&*hub.output).write_all(b" the end").unwrap();
+        (&*ends.output).write_all(b" the end").unwrap();
         hub.finish();
         let mut rest = String::new();
         watcher.read_to_string(&mut rest).unwrap();
@@ -360,11 +384,12 @@ mod tests {
     fn a_client_that_takes_nothing_is_let_go_of() {
         let dir = tempfile::tempdir().unwrap();
         let socket = dir.path().join("sock");
-        let hub = Hub::start(&dir.path().join("log"), &socket).unwrap();
+        let (quiet, ends) = QuietHub::open(&dir.path().join("log"), &socket).unwrap();
+        let hub = quiet.start().unwrap();
         let (mut lazy, _) = connect(&socket, "watch\n");
         let line = [b'x'; 4096];
         for _ in 0..500 {
-            (&*hub.output).write_all(&line).unwrap();
+            (&*ends.output).write_all(&line).unwrap();
         }
         hub.finish();
         let mut got = Vec::new();

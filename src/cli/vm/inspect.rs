@@ -7,6 +7,7 @@ use serde_json::json;
 
 use super::failure::{Failure, conclude};
 use crate::cli::exit;
+use crate::jail;
 use crate::store::Store;
 
 /// Show all that is known of a named VM, as JSON
@@ -34,6 +35,8 @@ fn inspect(store: &Store, args: &InspectArgs) -> Result<(), Failure> {
     }
     let state = vm.state();
     let running = vm.running_definition().filter(|_| state.name() == "running");
+    let life = vm.life();
+    let process = life.as_ref().filter(|_| running.is_some()).and_then(|life| life.vmm.or(Some(life.pid)));
     let shown = json!({
         "name": vm.name(),
         "state": state.name(),
@@ -42,7 +45,9 @@ fn inspect(store: &Store, args: &InspectArgs) -> Result<(), Failure> {
         // What the next start would change.
         "pending": running.as_ref().is_some_and(|running| definition.differs_from(running)),
         "running": running,
-        "last-start": vm.life(),
+        // Of the process in which the guest runs, as the kernel tells it.
+        "jail": process.and_then(jail::look_at),
+        "last-start": life,
         "paths": {
             "directory": vm.dir(),
             "api-socket": vm.api_socket(),

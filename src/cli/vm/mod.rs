@@ -20,17 +20,16 @@ pub use self::target::Target;
 
 use std::process::ExitCode;
 
-use self::create::NamedArgs;
+use self::create::NewVm;
 use self::failure::Failure;
 use super::exit;
 use super::run::LogLevel;
-use super::vm_args::VmArgs;
 use crate::store::Store;
 
 /// `tranche run --name`: makes a VM, starts it and attaches this terminal.
-pub fn run_named(name: &str, vm: VmArgs, named: NamedArgs, log_level: LogLevel, detach: bool) -> ExitCode {
+pub fn run_named(name: &str, new: NewVm, log_level: LogLevel, detach: bool) -> ExitCode {
     conclude_with(Store::of_user().map_err(Failure::from).and_then(|store| {
-        let vm = create::create(&store, name, vm, named)?;
+        let vm = create::create(&store, name, new)?;
         if let Err(failure) = start::start_in_background(&vm, log_level) {
             // Whoever mends the command gives it again.
             if let Err(error) = store.remove(&vm) {

@@ -10,22 +10,20 @@ use std::os::linux::net::SocketAddrExt;
 use std::os::unix::net::{SocketAddr, UnixDatagram, UnixStream};
 use std::os::unix::process::CommandExt;
 use std::process::{Command, ExitCode, Stdio};
-use std::sync::Arc;
+use std::sync::{Arc, Mutex};
 use std::time::Instant;
 
 use clap::Args;
 
 use super::failure::{Failure, conclude};
-use super::hub::Hub;
-use crate::backend::{HostFiles, OpenDirectly};
-use crate::cli::api_socket::ApiSocket;
+use super::hub::{Hub, QuietHub};
 use crate::cli::exit::{self, Exit};
-use crate::cli::run::{Boot, LogLevel, resources, tell, what_ended};
-use crate::cli::signals::Signals;
+use crate::cli::jailed::{self, Outcome, Outside};
+use crate::cli::run::{Boot, LogLevel, resources};
 use crate::cli::start_error::StartError;
 use crate::cli::vm_args::resolve_kernel;
 use crate::control::{Identity, Keeper};
-use crate::machine::{End, MachineError};
+use crate::machine::MachineError;
 use crate::observe::{Timeline, init_log};
 use crate::resize;
 use crate::store::{Definition, Running, Store, Vm};
@@ -96,62 +94,42 @@ pub fn start_in_background(vm: &Vm, log_level: LogLevel) -> Result<(), Failure> 
 
 /// Is the VM until it ends, and returns the exit code.
 fn be_the_vm(args: &StartArgs, timeline: &Arc<Timeline>) -> u8 {
-    let (signals, vm, mut running, definition) = match begin(args) {
+    let (vm, mut running, definition) = match begin(args) {
         Ok(begun) => begun,
         Err(error) => return error.report() as u8,
     };
-    let started = || {
-        if args.detached
-            && let Err(error) = let_go_of_starter(&vm)
-        {
-            tracing::warn!("the VM's log cannot be written: {error}");
-        }
-        notify_service_manager();
-    };
-    let ended = Hub::start(&vm.console_log(), &vm.console_socket())
-        .map_err(|error| StartError::from(resources("make the console")(error)))
-        .and_then(|mut hub| {
-            let ended = serve(&vm, definition, &mut hub, signals, timeline, started);
-            Ok((ended?, hub))
-        });
-    match ended {
-        Ok((end, hub)) => {
-            tell(&end);
-            let code = Exit::from(&end) as u8;
-            running.end(code, what_ended(&end));
-            // Whoever is attached looks then how it ended.
-            hub.finish();
-            code
-        }
-        Err(error) => {
-            let code = error.report() as u8;
-            running.end(code, exit::one_line(&error));
-            code
-        }
+    let hub = Arc::new(Mutex::new(None));
+    let outcome = serve(args, &vm, definition, &running, hub.clone(), timeline)
+        .unwrap_or_else(|error| Outcome { code: error.report() as u8, reason: exit::one_line(&error) });
+    running.end(outcome.code, outcome.reason);
+    // Whoever is attached looks then how it ended.
+    if let Some(hub) = hub.lock().ok().and_then(|mut hub| hub.take()) {
+        Hub::finish(hub);
     }
+    outcome.code
 }
 
-type Begun = (Signals, Vm, Running, Definition);
+type Begun = (Vm, Running, Definition);
 
 fn begin(args: &StartArgs) -> Result<Begun, StartError> {
     if args.detached {
         // The terminal that it was started on is not its own. It fails for the leader of a group, who has none.
         let _ = rustix::process::setsid();
     }
-    let signals = Signals::block().map_err(resources("listen to signals"))?;
     let vm = Store::of_user()?.find(&args.name)?;
     let (running, definition) = vm.run()?;
-    Ok((signals, vm, running, definition))
+    Ok((vm, running, definition))
 }
 
 fn serve(
+    args: &StartArgs,
     vm: &Vm,
     mut definition: Definition,
-    hub: &mut Hub,
-    signals: Signals,
+    running: &Running,
+    hub: Arc<Mutex<Option<Hub>>>,
     timeline: &Arc<Timeline>,
-    started: impl FnOnce(),
-) -> Result<End, StartError> {
+) -> Result<Outcome, StartError> {
+    let failed = |what| move |error| StartError::from(resources(what)(error));
     if !definition.disk_sizes.is_empty() {
         // Asked for while it ran, or by a command that was killed at it.
         let change = vm.change()?;
@@ -162,15 +140,39 @@ fn serve(
         }
         vm.define(&change, &definition)?;
     }
-    let mut config = definition.vm;
+    let (mut config, level) = (definition.vm, definition.jail);
     resolve_kernel(&mut config)?;
-    config.serial = hub.output();
-    let host: Arc<dyn HostFiles> = Arc::new(OpenDirectly);
-    let socket = Some(ApiSocket::listen(&vm.api_socket(), &*host)?);
+    let (quiet, mut ends) =
+        QuietHub::open(&vm.console_log(), &vm.console_socket()).map_err(failed("make the console"))?;
+    config.serial = ends.output();
+    let mut outside = Outside::new(level, Some(&vm.api_socket()), &config.serial)?;
+    let log = args.detached.then(|| open_log(vm));
+    outside.duties.keeper = Some(keeper(vm.clone()));
+    let theirs = log.as_ref().and_then(|log| log.try_clone().ok());
+    outside.duties.started = Some(Box::new(move || {
+        if let Some(log) = log {
+            let_go_of_starter(&log);
+        }
+        notify_service_manager();
+    }));
+    outside.duties.split = Some(Box::new(running.note_vmm()));
+    outside.duties.console = Some(Box::new(move || {
+        *hub.lock().map_err(|_| io::ErrorKind::Other)? = Some(quiet.start()?);
+        Ok(())
+    }));
     let identity = Identity { id: vm.name().to_owned(), ..Identity::tranche(config.transport) };
-    let console = || Ok::<_, MachineError>(hub.console());
-    Boot { config: &config, identity, socket, signals, host: &host, timeline, keeper: Some(keeper(vm.clone())) }
-        .serve(console, started)
+    Ok(jailed::run(outside, |inside| {
+        let is_jailed = inside.is_jailed();
+        Boot { config: &config, identity, inside, timeline }.serve(
+            || Ok::<_, MachineError>(ends.console()),
+            || {
+                // Its parent has let go already.
+                if let Some(log) = theirs.filter(|_| is_jailed) {
+                    let _ = rustix::stdio::dup2_stderr(log.as_fd());
+                }
+            },
+        )
+    }))
 }
 
 /// Has a size that a client asks for through the API be that of the next start.
@@ -186,14 +188,24 @@ fn keeper(vm: Vm) -> Keeper {
     })
 }
 
+/// Where the process of a VM says what it has to say once the VM runs.
+fn open_log(vm: &Vm) -> File {
+    let log = File::options().append(true).create(true).open(vm.process_log());
+    log.or_else(|_| File::options().write(true).open("/dev/null")).unwrap_or_else(|error| {
+        tracing::warn!("the VM's log cannot be written: {error}");
+        io::stderr().as_fd().try_clone_to_owned().map(File::from).expect("standard error")
+    })
+}
+
 /// Tells who started this process that the VM runs. What it has to say goes to its log from then on.
-fn let_go_of_starter(vm: &Vm) -> io::Result<()> {
-    let log = File::create(vm.process_log()).or_else(|_| File::options().write(true).open("/dev/null"))?;
-    let told = io::stderr().write_all(&[0]);
-    rustix::stdio::dup2_stderr(log.as_fd())?;
+fn let_go_of_starter(log: &File) {
+    // What is there is of the start before.
+    let _ = log.set_len(0);
     // It may have been killed, which is no reason to end.
-    let _ = told;
-    Ok(())
+    let _ = io::stderr().write_all(&[0]);
+    if let Err(error) = rustix::stdio::dup2_stderr(log.as_fd()) {
+        tracing::warn!("the VM's log cannot be written: {error}");
+    }
 }
 
 /// As sd_notify(3) has it.

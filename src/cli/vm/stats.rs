@@ -158,7 +158,8 @@ fn look(vms: &[Vm]) -> BTreeMap<String, Sample> {
 }
 
 fn sample(vm: &Vm) -> Option<Sample> {
-    let pid = vm.life().filter(|life| life.ended.is_none())?.pid;
+    let life = vm.life().filter(|life| life.ended.is_none())?;
+    let pid = life.vmm.unwrap_or(life.pid);
     let mut sample = Sample { pid, ..Sample::default() };
     for task in fs::read_dir(format!("/proc/{pid}/task")).ok()?.flatten() {
         // Time on a CPU, time in its queue, in nanoseconds (the kernel's Documentation/scheduler/sched-stats.rst).

@@ -18,7 +18,7 @@ pub use self::tray::{BlockStateV1, Change, Tray};
 use self::uring::{Pending, UringEngine};
 use super::front::{Front, QueueServer};
 use super::worker::{Engine, Worker};
-use crate::backend::disk::uring::Uring;
+use crate::backend::disk::uring::{DEPTH, Uring};
 use crate::backend::disk::{DiskError, SECTOR};
 use crate::backend::{Disk, HostFiles, Limiter};
 use crate::config::{CacheMode, IoEngine};
@@ -82,11 +82,18 @@ impl Rings {
         let make = || {
             let file = disk.open_again(files);
             let file = file.map_err(|source| DiskError::Uring { path: disk.path().to_owned(), source })?;
-            (0..queues).map(|_| Uring::new(disk, &file, uring::DEPTH)).collect::<Result<_, _>>()
+            (0..queues).map(|_| Uring::new(disk, &file, DEPTH)).collect::<Result<_, _>>()
         };
         let rings = match engine {
             IoEngine::Sync => Vec::new(),
-            IoEngine::IoUring => make()?,
+            IoEngine::IoUring => match make() {
+                // Made in a jail after the start: rather slower than not at all.
+                Err(error @ DiskError::NoRing { .. }) => {
+                    tracing::warn!("{error}: one request at a time");
+                    Vec::new()
+                }
+                rings => rings?,
+            },
             // Where the host cannot tell what has to wait, every request would go a long way round.
             IoEngine::Auto if !disk.tells_ready_reads() => Vec::new(),
             IoEngine::Auto => make().unwrap_or_else(|error| {

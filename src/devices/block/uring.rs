@@ -17,9 +17,6 @@ use crate::devices::worker::{Engine, Served, Source, Turn};
 use crate::memory::Ram;
 use crate::virtio::{Chain, RingError, Virtqueue};
 
-/// Most transfers in flight of one queue.
-pub const DEPTH: u16 = 128;
-
 /// A request whose transfer is in flight.
 pub struct Pending {
     head: u16,

@@ -1,0 +1,319 @@
+//! A VM's process and its jail: what is done on this side of the wall, and on the other.
+//!
+//! Unjailed, both sides are this process.
+
+use std::io;
+use std::io::Write;
+use std::os::fd::OwnedFd;
+use std::os::unix::net::UnixStream;
+use std::path::Path;
+use std::sync::Arc;
+
+use rustix::event::{PollFd, PollFlags, poll};
+use rustix::process::{Pid, Signal, WaitOptions, pidfd_send_signal, waitpid};
+
+use super::api_socket::{ApiClients, ApiFront, ApiSocket};
+use super::exit::{self, Exit};
+use super::run::{resources, tell, what_ended};
+use super::signals::Signals;
+use super::start_error::StartError;
+use super::terminal::RawTerminal;
+use crate::backend::disk::uring::make_last_rings;
+use crate::backend::{HostFiles, OpenDirectly, Right};
+use crate::config::{JailLevel, MemorySize, SerialConfig};
+use crate::control::{Call, Keeper, Owner, Size};
+use crate::jail::{self, Ask, AskParent, Given, JailError, News, Parent, Policy, Side};
+use crate::machine::End;
+use crate::memory::release_startup_code;
+use crate::threads::{self, Kind};
+
+/// How long clients may take in the end to take in their last answers, in milliseconds.
+const LAST_PATIENCE: i64 = 500;
+
+/// What is there before there is a jail.
+pub struct Outside {
+    pub level: JailLevel,
+    pub api: Option<ApiSocket>,
+    pub signals: Signals,
+    /// What the VM may have besides what it asks for before its guest runs.
+    pub rights: Vec<Right>,
+    pub duties: Duties,
+}
+
+impl Outside {
+    /// With the API on a socket, if it is to be there, and a console that may be on one.
+    ///
+    /// # Errors
+    /// When it cannot be listened there.
+    pub fn new(level: JailLevel, api: Option<&Path>, console: &SerialConfig) -> Result<Self, StartError> {
+        let signals = Signals::block().map_err(resources("listen to signals"))?;
+        let api = api.map(|path| ApiSocket::listen(path, &OpenDirectly)).transpose()?;
+        // It is made when all else is there, which may be after the start.
+        let rights = match console {
+            SerialConfig::Socket(path) => vec![Right::Listen(path.clone())],
+            _ => Vec::new(),
+        };
+        Ok(Self { level, api, signals, rights, duties: Duties::default() })
+    }
+}
+
+/// What the VM has done for it that is not its own business.
+#[derive(Default)]
+pub struct Duties {
+    /// It runs.
+    pub started: Option<Box<dyn FnOnce()>>,
+    /// Who is told what it is to be from its next start on.
+    pub keeper: Option<Keeper>,
+    /// Its VMM is another process, of this number.
+    pub split: Option<Box<dyn FnOnce(u32)>>,
+    /// Its console is to be served, by a thread that does not get into a jail.
+    pub console: Option<Box<dyn FnOnce() -> io::Result<()>>>,
+}
+
+/// What a VM is made with.
+pub struct Inside {
+    pub host: Arc<dyn HostFiles>,
+    pub api: Option<ApiClients>,
+    pub signals: Signals,
+    duties: Duties,
+    is_jailed: bool,
+    parent: Option<AskParent>,
+}
+
+/// How it went.
+pub struct Outcome {
+    pub code: u8,
+    pub reason: String,
+}
+
+impl Inside {
+    /// Has the owner do its part: rights go before the guest runs, and sizes are kept.
+    pub fn instruct(&mut self, owner: &mut Owner) {
+        if let Some(keeper) = self.duties.keeper.take() {
+            owner.keep_size_with(keeper);
+        }
+        if let Some(parent) = self.parent.clone() {
+            // Clients may plug in a disk.
+            let spare_rings = usize::from(self.api.is_some());
+            owner.before_guest(Box::new(move || {
+                make_last_rings(spare_rings);
+                parent.ask(&Ask::Freeze, None)?;
+                threads::confine(Kind::Main)
+            }));
+        }
+    }
+
+    /// The VM runs.
+    pub fn started(&mut self) {
+        if let Some(started) = self.duties.started.take() {
+            started();
+        }
+    }
+
+    #[must_use]
+    pub fn is_jailed(&self) -> bool {
+        self.is_jailed
+    }
+}
+
+/// Makes the jail, and the VM in it: `inside` makes and serves it. It may run in another process, which ends with it.
+pub fn run(outside: Outside, inside: impl FnOnce(Inside) -> Result<End, StartError>) -> Outcome {
+    match try_run(outside, inside) {
+        Ok(outcome) => outcome,
+        Err(error) => conclude(Err(error)),
+    }
+}
+
+/// Tells how it went.
+pub fn conclude(ended: Result<End, StartError>) -> Outcome {
+    match ended {
+        Ok(end) => {
+            tell(&end);
+            Outcome { code: Exit::from(&end) as u8, reason: what_ended(&end) }
+        }
+        Err(error) => Outcome { code: error.report() as u8, reason: exit::one_line(&error) },
+    }
+}
+
+fn try_run(outside: Outside, inside: impl FnOnce(Inside) -> Result<End, StartError>) -> Result<Outcome, StartError> {
+    let Outside { level, api, signals, rights, mut duties } = outside;
+    let host = |error| StartError::Machine(resources("make a jail")(error));
+    if level == JailLevel::Off {
+        exit::say("tranche: warning: --jail off: whoever takes the VMM over has all rights of its user\n");
+        #[cfg(debug_assertions)]
+        threads::confine_with(jail::attack_unjailed);
+        let (direct, api) = (Arc::new(OpenDirectly), api.map(ApiSocket::into_clients));
+        duties.console.take().map_or(Ok(()), |serve| serve()).map_err(host)?;
+        return Ok(conclude(inside(Inside { host: direct, api, signals, duties, is_jailed: false, parent: None })));
+    }
+    let (front, clients) = match api {
+        Some(api) => {
+            let (front, clients) = api.into_front().map_err(host)?;
+            (Some(front), Some(clients))
+        }
+        None => (None, None),
+    };
+    let (pass_on, passed_on) = UnixStream::pair().map_err(host)?;
+    match jail::split(level).map_err(StartError::Jail)? {
+        Side::Vmm { socket, missing } => {
+            for (layer, why) in missing {
+                tracing::warn!("the jail is incomplete: no {}: {why}", layer.name());
+            }
+            // What is this side's is not the other's. The store's lock stays: as long as the VMM lives, its VM does.
+            front.into_iter().for_each(ApiFront::forget);
+            drop((pass_on, signals));
+            std::mem::forget(duties.split.take());
+            let parent = AskParent::new(socket);
+            threads::confine_with(jail::confine_thread);
+            let told = parent.clone();
+            let started: Box<dyn FnOnce()> = Box::new(move || drop(told.ask(&Ask::Started, None)));
+            let keep = parent.clone();
+            let keeper = duties.keeper.take().map(|keeper| {
+                std::mem::forget(keeper);
+                let ask = move |Size { cpus, memory }| Ask::KeepSize { cpus, memory: memory.0 };
+                let keeper = move |size| keep.ask(&ask(size), None).map(drop).map_err(|error| error.to_string());
+                Box::new(keeper) as Keeper
+            });
+            std::mem::forget(duties.started.take());
+            // Closes this process's descriptors of it.
+            drop(duties.console.take());
+            let vm = Signals::passed_on(passed_on).map_err(host).and_then(|signals| {
+                let duties = Duties { started: Some(started), keeper, ..Duties::default() };
+                let host = Arc::new(parent.clone());
+                let parent = Some(parent.clone());
+                inside(Inside { host, api: clients, signals, duties, is_jailed: true, parent })
+            });
+            // Of one whose parent was killed, nobody is to hear how it has ended.
+            let _ = parent.ask(&Ask::Ending, None);
+            let Outcome { code, reason } = conclude(vm);
+            let _ = parent.ask(&Ask::Ended { code, reason }, None);
+            std::process::exit(code.into())
+        }
+        Side::Parent { process, pid, socket } => {
+            // What the VMM is to have is not to stay open here, and nothing of it is to be undone.
+            drop((clients, passed_on));
+            std::mem::forget(inside);
+            if let Some(split) = duties.split.take() {
+                split(pid.unsigned_abs());
+            }
+            duties.console.take().map_or(Ok(()), |serve| serve()).map_err(host)?;
+            let terminal = RawTerminal::guard().map_err(host)?;
+            let parent = Parent::new(socket, pid, Policy::knowing(rights));
+            let outcome = Supervisor { parent, process, pass_on, signals, front, duties }.supervise(pid)?;
+            drop(terminal);
+            Ok(outcome.unwrap_or_else(|unnatural| unnatural.report()))
+        }
+    }
+}
+
+/// The parent at work.
+struct Supervisor {
+    parent: Parent,
+    process: OwnedFd,
+    pass_on: UnixStream,
+    signals: Signals,
+    front: Option<ApiFront>,
+    duties: Duties,
+}
+
+/// An end that the VMM has not told of.
+enum Unnatural {
+    NotJailed(String),
+    Violation { call: String, thread: &'static str },
+    Signal(i32),
+    Silent,
+}
+
+impl Supervisor {
+    /// Serves the VMM until it ends.
+    fn supervise(mut self, pid: i32) -> Result<Result<Outcome, Unnatural>, StartError> {
+        let failed = |source: io::Error| JailError::Host { what: "no events", source };
+        let mut end = None;
+        loop {
+            let mut wanted = vec![PollFd::new(&self.parent, PollFlags::IN), PollFd::new(&self.signals, PollFlags::IN)];
+            if let Some(front) = &self.front {
+                wanted.extend(front.relay.wanted());
+            }
+            match poll(&mut wanted, None) {
+                Err(rustix::io::Errno::INTR) => continue,
+                polled => polled.map_err(|error| StartError::Jail(failed(error.into())))?,
+            };
+            let ready: Vec<_> = wanted.iter().map(PollFd::revents).collect();
+            drop(wanted);
+            if !ready[1].is_empty() {
+                while let Some(signal) = self.signals.next() {
+                    // One that is far behind is about to end.
+                    let _ = self.pass_on.write(&[signal as u8]);
+                }
+            }
+            if let Some(front) = &mut self.front {
+                let (policy, mut more) = (&mut self.parent.policy, 0);
+                front.relay.go_on(&ready[2..], &mut |call| {
+                    call.named().into_iter().for_each(|rights| policy.name(rights));
+                    if let Call::Resize(request) = call {
+                        more = u64::saturating_add(more, request.memory_bytes.unwrap_or(0));
+                    }
+                });
+                // It is for the life after the next reset.
+                let _ = self.parent.allow_memory(more);
+            }
+            if ready[0].is_empty() {
+                continue;
+            }
+            match self.parent.serve() {
+                News::Nothing => {}
+                News::Started => {
+                    if let Some(started) = self.duties.started.take() {
+                        started();
+                    }
+                    self.parent.answer(&Given::Done, &[]);
+                    // What has brought it here is not needed any more.
+                    release_startup_code();
+                }
+                News::KeepSize { cpus, memory } => {
+                    let kept = match &mut self.duties.keeper {
+                        Some(keeper) => keeper(Size { cpus, memory: MemorySize(memory) }),
+                        None => Ok(()),
+                    };
+                    let given = kept.map_or_else(|why| Given::Failed(io::Error::other(why)), |()| Given::Done);
+                    self.parent.answer(&given, &[]);
+                }
+                News::Ended { code, reason } => {
+                    end = Some(Ok(Outcome { code, reason }));
+                    self.parent.answer(&Given::Done, &[]);
+                }
+                News::NotJailed(why) => end = Some(Err(Unnatural::NotJailed(why))),
+                News::Violation { call, thread } => end = Some(Err(Unnatural::Violation { call, thread })),
+                News::HungUp => break,
+            }
+        }
+        let _ = pidfd_send_signal(&self.process, Signal::KILL);
+        let status = Pid::from_raw(pid).and_then(|pid| waitpid(Some(pid), WaitOptions::empty()).ok().flatten());
+        if let Some(front) = &mut self.front {
+            front.relay.finish(LAST_PATIENCE);
+        }
+        let by_signal = status.and_then(|(_, status)| status.terminating_signal());
+        Ok(end.unwrap_or(Err(by_signal.map_or(Unnatural::Silent, Unnatural::Signal))))
+    }
+}
+
+impl Unnatural {
+    fn report(self) -> Outcome {
+        let (exit, reason, hint) = match self {
+            Self::NotJailed(why) => {
+                let hint = "'tranche doctor --jail' shows what this host has, and '--jail compat' does with that";
+                (Exit::NoJail, format!("the VMM cannot be jailed: {why}"), Some(hint))
+            }
+            Self::Violation { call, thread } => (
+                Exit::JailBroken,
+                format!("the VMM was ended: its {thread} thread called {call}, which its jail forbids"),
+                Some("a guest may have taken it over, or it is a bug: please report it"),
+            ),
+            Self::Signal(signal) => (Exit::Internal, format!("the VMM was killed by signal {signal}"), None),
+            Self::Silent => (Exit::Internal, "the VMM has ended without a word".into(), None),
+        };
+        let hint = hint.map(|hint| format!("  hint: {hint}\n")).unwrap_or_default();
+        exit::say(&format!("tranche: error: {reason}\n{hint}"));
+        Outcome { code: exit as u8, reason }
+    }
+}

@@ -1,0 +1,251 @@
+//! The parent of a jailed VMM: does what it asks for, as far as its policy goes.
+
+use std::fs::{self, File};
+use std::io;
+use std::os::fd::{AsFd, OwnedFd};
+use std::process::Child;
+use std::sync::Arc;
+
+use rustix::process::{Pid, Resource, Rlimit, prlimit};
+
+use super::policy::Policy;
+use super::seccomp::read_violation;
+use super::wire::{self, Ask, Given, Received};
+use crate::backend::host::Peer;
+use crate::backend::kernel_cache::UnpackedKernels;
+use crate::backend::tap::TapQueue;
+use crate::backend::{HostFiles, OpenDirectly, Right, passt};
+use crate::memory;
+
+/// How much more memory a VMM may map once its guest runs, in bytes: threads, buffers, devices that are plugged in.
+const MORE_MEMORY: u64 = 256 << 20;
+
+/// The parent's end.
+pub struct Parent {
+    socket: OwnedFd,
+    pid: i32,
+    /// Bytes of address space that the VMM may have, once its guest runs.
+    memory: Option<u64>,
+    pub policy: Policy,
+    /// What runs for the VM; ends with it.
+    helpers: Vec<Child>,
+    kernels: Option<Option<Arc<dyn UnpackedKernels>>>,
+}
+
+/// What a message was, besides something that has been done.
+#[derive(Debug, PartialEq, Eq)]
+pub enum News {
+    Nothing,
+    /// The VM runs.
+    Started,
+    KeepSize {
+        cpus: u8,
+        memory: u64,
+    },
+    Ended {
+        code: u8,
+        reason: String,
+    },
+    /// It could not give something up, and does not go on.
+    NotJailed(String),
+    /// It has tried to do what it may not: a system call, on a thread of some kind.
+    Violation {
+        call: String,
+        thread: &'static str,
+    },
+    /// It is gone.
+    HungUp,
+}
+
+impl Parent {
+    #[must_use]
+    pub fn new(socket: OwnedFd, pid: i32, policy: Policy) -> Self {
+        Self { socket, pid, memory: None, policy, helpers: Vec::new(), kernels: None }
+    }
+
+    /// Takes in a message, and waits for one if there is none.
+    pub fn serve(&mut self) -> News {
+        let received = wire::receive(&self.socket);
+        // One that makes no sense: the VMM is not to be talked to any more.
+        let Ok(Some(received)) = received else { return News::HungUp };
+        if let Some((call, thread)) = read_violation(&received.bytes) {
+            return News::Violation { call, thread };
+        }
+        if let Some(text) = received.bytes.strip_prefix(&[super::enter::NOT_JAILED]) {
+            return News::NotJailed(String::from_utf8_lossy(text).into_owned());
+        }
+        let Ok(ask) = received.parse() else { return News::HungUp };
+        self.reap();
+        match ask {
+            Ask::Started => News::Started,
+            Ask::KeepSize { cpus, memory } => News::KeepSize { cpus, memory },
+            Ask::Ended { code, reason } => News::Ended { code, reason },
+            ask => {
+                let (given, fds) = self.give(ask, received).unwrap_or_else(|error| (Given::Failed(error), Vec::new()));
+                self.answer(&given, &fds)
+            }
+        }
+    }
+
+    /// Answers what [`Self::serve`] has told of.
+    pub fn answer(&self, given: &Given, fds: &[OwnedFd]) -> News {
+        let fds: Vec<_> = fds.iter().map(AsFd::as_fd).collect();
+        match wire::send(&self.socket, given, &fds) {
+            Ok(()) => News::Nothing,
+            Err(_) => News::HungUp,
+        }
+    }
+
+    /// What the VMM has mapped by now is about all that it needs.
+    fn limit_memory(&mut self) -> io::Result<()> {
+        // In pages, the first number (proc(5), /proc/pid/statm).
+        let sizes = fs::read_to_string(format!("/proc/{}/statm", self.pid))?;
+        let pages: u64 =
+            sizes.split(' ').next().and_then(|pages| pages.parse().ok()).ok_or(io::ErrorKind::InvalidData)?;
+        self.memory = Some(pages * memory::PAGE_SIZE);
+        self.allow_memory(MORE_MEMORY)
+    }
+
+    /// Lets the VMM map so many bytes more.
+    ///
+    /// # Errors
+    /// The host's.
+    pub fn allow_memory(&mut self, bytes: u64) -> io::Result<()> {
+        if let Some(memory) = &mut self.memory {
+            *memory = memory.saturating_add(bytes);
+            // Only the lower limit, which the VMM cannot change: who is not root could not raise the other one again.
+            let limit = Rlimit { current: Some(*memory), maximum: None };
+            prlimit(Pid::from_raw(self.pid), Resource::As, limit)?;
+        }
+        Ok(())
+    }
+
+    fn check(&mut self, right: Right) -> io::Result<()> {
+        if self.policy.allows(right) {
+            return Ok(());
+        }
+        let why = "the jail does not allow it: nobody has named it to this VM";
+        Err(io::Error::other(why))
+    }
+
+    fn give(&mut self, ask: Ask, mut received: Received) -> io::Result<(Given, Vec<OwnedFd>)> {
+        let host = OpenDirectly;
+        let done = |fd: OwnedFd| Ok((Given::Done, vec![fd]));
+        match ask {
+            Ask::Open(file) => {
+                self.check(Right::Open(file.clone()))?;
+                done(host.open(&file)?.into())
+            }
+            // No more than it has already.
+            Ask::OpenAgain { read_only } => done(host.open_again(&regular(received.fd()?)?, read_only)?.into()),
+            Ask::Perform(deed) => {
+                self.check(Right::Perform(deed.clone()))?;
+                host.perform(&deed)?;
+                self.policy.done(&deed);
+                Ok((Given::Done, Vec::new()))
+            }
+            Ask::Link(path) => {
+                self.check(Right::Link(path.clone()))?;
+                host.link(&regular(received.fd()?)?, &path)?;
+                Ok((Given::Done, Vec::new()))
+            }
+            Ask::Canonical(path) => {
+                self.check(Right::Canonical(path.clone()))?;
+                Ok((Given::Path(host.canonical(&path)?), Vec::new()))
+            }
+            Ask::JoinTap { name, several } => {
+                self.check(Right::JoinTap(name.clone()))?;
+                Ok(match host.join_tap(&name, several) {
+                    Ok(TapQueue { file, mtu }) => (Given::Tap(mtu), vec![file.into()]),
+                    Err(error) => (Given::TapFailed(error), Vec::new()),
+                })
+            }
+            Ask::StartPasst { network, mtu } => {
+                self.check(Right::StartPasst(network.clone()))?;
+                Ok(match passt::spawn(&network, mtu) {
+                    Ok(passt::Process { socket, complaints, child }) => {
+                        self.helpers.extend(child);
+                        (Given::Done, vec![socket.into(), complaints.into()])
+                    }
+                    Err(error) => (Given::PasstFailed(error), Vec::new()),
+                })
+            }
+            Ask::Listen(path) => {
+                self.check(Right::Listen(path.clone()))?;
+                done(host.listen(&path)?.into())
+            }
+            Ask::Connect(path) => {
+                self.check(Right::Connect(path.clone()))?;
+                let Peer { socket, process } = host.connect(&path)?;
+                Ok((Given::Done, std::iter::once(socket.into()).chain(process).collect()))
+            }
+            Ask::FindKernelByFile => {
+                let file = regular(received.fd()?)?;
+                Ok(kernel(self.kernels().and_then(|kernels| kernels.find_by_file(&file))))
+            }
+            Ask::Ending => Ok((Given::Done, Vec::new())),
+            ask if self.policy.is_frozen() => {
+                Err(io::Error::other(format!("the jail does not allow it once the guest runs: {ask:?}")))
+            }
+            Ask::FindKernel(key) => Ok(kernel(self.kernels().and_then(|kernels| kernels.find(&key.checked()?)))),
+            Ask::KeepKernel(key) => {
+                let file = regular(received.fd()?)?;
+                let key = key.checked().ok_or(io::ErrorKind::InvalidInput)?;
+                match self.kernels().is_some_and(|kernels| kernels.insert(&key, &file)) {
+                    true => Ok((Given::Done, Vec::new())),
+                    false => Ok((Given::Nothing, Vec::new())),
+                }
+            }
+            Ask::RememberKernel(key) => {
+                let file = regular(received.fd()?)?;
+                if let (Some(kernels), Some(key)) = (self.kernels(), key.checked()) {
+                    kernels.remember(&file, &key);
+                }
+                Ok((Given::Done, Vec::new()))
+            }
+            Ask::Freeze => {
+                self.policy.freeze();
+                self.limit_memory()?;
+                Ok((Given::Done, Vec::new()))
+            }
+            Ask::Started | Ask::KeepSize { .. } | Ask::Ended { .. } => Ok((Given::Nothing, Vec::new())),
+        }
+    }
+
+    /// The user's cache, which nobody looks for before it is of use.
+    fn kernels(&mut self) -> Option<Arc<dyn UnpackedKernels>> {
+        self.kernels.get_or_insert_with(|| OpenDirectly.kernel_cache().open()).clone()
+    }
+
+    /// Takes leave of helpers that have ended.
+    fn reap(&mut self) {
+        self.helpers.retain_mut(|helper| matches!(helper.try_wait(), Ok(None)));
+    }
+}
+
+impl AsFd for Parent {
+    fn as_fd(&self) -> std::os::fd::BorrowedFd<'_> {
+        self.socket.as_fd()
+    }
+}
+
+impl Drop for Parent {
+    fn drop(&mut self) {
+        for helper in &mut self.helpers {
+            let _ = helper.kill();
+            let _ = helper.wait();
+        }
+    }
+}
+
+fn kernel(found: Option<(File, u64)>) -> (Given, Vec<OwnedFd>) {
+    found.map_or((Given::Nothing, Vec::new()), |(file, bytes)| (Given::Kernel(bytes), vec![file.into()]))
+}
+
+/// A file of the VMM's that is one: a regular file, a block device or memory.
+fn regular(fd: OwnedFd) -> io::Result<File> {
+    use std::os::unix::fs::FileTypeExt;
+    let file = File::from(fd);
+    let kind = file.metadata()?.file_type();
+    if kind.is_file() || kind.is_block_device() { Ok(file) } else { Err(io::ErrorKind::InvalidInput.into()) }
+}
