@@ -1,0 +1,48 @@
+//! What is said of a jail: where it cannot be, or is not whole.
+
+use std::process::Command;
+use std::time::Duration;
+
+use crate::nobody::Nobody;
+use crate::support::{Running, guests, not_tested, tranche};
+
+const LIMIT: Duration = Duration::from_secs(60);
+
+fn run() -> Command {
+    let mut command = tranche();
+    command.arg("run").arg("--kernel").arg(guests().join("hello"));
+    command
+}
+
+#[test]
+fn a_guest_runs_at_each_level_and_off_is_said_loudly() {
+    for (level, said) in [("strict", ""), ("compat", ""), ("off", "warning: --jail off")] {
+        let ended = Running::start(run().args(["--jail", level])).wait(LIMIT).expect_code(0);
+        assert!(ended.output.contains("memory="), "{level}: {ended:?}");
+        assert!(ended.errors.contains(said) && ended.errors.is_empty() == said.is_empty(), "{level}: {ended:?}");
+    }
+}
+
+#[test]
+fn the_doctor_tells_each_layer() {
+    let ended = Running::start(tranche().args(["doctor", "--jail", "--format", "json"])).wait(LIMIT).expect_code(0);
+    let findings: Vec<serde_json::Value> = serde_json::from_str(&ended.output).unwrap();
+    let names: Vec<_> = findings.iter().map(|finding| finding["what"].as_str().unwrap()).collect();
+    assert_eq!(names, ["namespaces", "empty root directory", "user", "limits", "Landlock", "seccomp"]);
+    assert!(findings.iter().all(|finding| finding["verdict"] == "ok"), "{}", ended.output);
+}
+
+/// In a changed root directory, Linux makes no user namespaces.
+#[test]
+fn where_there_are_no_user_namespaces_strict_refuses_and_compat_says_what_is_missing() {
+    if !rustix::process::geteuid().is_root() {
+        return not_tested("a host without user namespaces: only root can make one");
+    }
+    let nobody = Nobody::new();
+    let ended = Running::start(&mut nobody.run_without_user_namespaces("strict")).wait(LIMIT).expect_code(15);
+    assert!(ended.errors.contains("the VMM cannot be jailed"), "{ended:?}");
+    assert!(ended.errors.contains("kernel.unprivileged_userns_clone") && ended.output.is_empty(), "{ended:?}");
+    let ended = Running::start(&mut nobody.run_without_user_namespaces("compat")).wait(LIMIT).expect_code(0);
+    assert!(ended.errors.contains("the jail is incomplete: no namespaces"), "{ended:?}");
+    assert!(ended.output.contains("memory="), "{ended:?}");
+}
