@@ -36,7 +36,17 @@ def wait_for(what, file):
 
 
 def echo(text, limit):
-    """What the guest's echo server answers."""
+    """What the guest's echo server answers, once it listens."""
+    deadline = time.monotonic() + limit
+    while True:
+        try:
+            return answer(text, limit)
+        except ConnectionRefusedError:
+            assert time.monotonic() < deadline, "the guest's echo server does not listen"
+            time.sleep(0.2)
+
+
+def answer(text, limit):
     with socket.create_connection((GUEST, 7), timeout=limit) as connection:
         connection.sendall(text)
         return connection.recv(len(text))
