@@ -104,8 +104,8 @@ int main(int argc, char **argv)
              "{\"snapshot_path\":\"%s/state\",\"mem_backend\":{\"backend_type\":\"File\",\"backend_path\":\"%s/memory\"},"
              "\"resume_vm\":true}", argv[2], argv[2]);
     snprintf(command, sizeof command, "rm -rf '%s'", snapshot);
-    char *vmm[] = {argv[4], "vmm", "--api-sock", socket_path, NULL};
-    char *restore[] = {argv[4], "restore", snapshot, NULL};
+    char *vmm[] = {argv[4], "vmm", "--jail", "off", "--api-sock", socket_path, NULL};
+    char *restore[] = {argv[4], "restore", "--jail", "off", snapshot, NULL};
     /* The first run warms the page cache, and is not counted. */
     for (int i = 0; i <= runs; i++) {
         int output;
