@@ -9,6 +9,9 @@ fn main() -> ExitCode {
         return tranche::guest_init::main();
     }
     let start = Instant::now();
+    if tranche::cli::jailer::is_wanted(name.as_deref()) {
+        return tranche::cli::jailer::main();
+    }
     if tranche::cli::firecracker::is_wanted(name.as_deref()) {
         return tranche::cli::firecracker::main(start);
     }

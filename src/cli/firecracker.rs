@@ -35,7 +35,9 @@ mod code {
 /// Is this name of the program one that asks for this personality?
 #[must_use]
 pub fn is_wanted(name: Option<&OsStr>) -> bool {
-    name.map(Path::new).and_then(Path::file_name) == Some(OsStr::new("firecracker"))
+    // Its releases, and so those who copy them, have the version in it.
+    let name = name.map(Path::new).and_then(Path::file_name);
+    name.is_some_and(|name| name.as_encoded_bytes().starts_with(b"firecracker"))
 }
 
 /// A micro-VM monitor with Firecracker's interface.

@@ -11,6 +11,7 @@ mod escape;
 mod exit;
 pub mod firecracker;
 mod jailed;
+pub mod jailer;
 mod kernel;
 mod restore;
 mod run;

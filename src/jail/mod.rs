@@ -10,6 +10,7 @@
 mod asking;
 #[cfg(debug_assertions)]
 mod attacker;
+pub mod chroot;
 mod enter;
 mod parent;
 mod policy;

@@ -27,7 +27,7 @@ use super::{DirtyBitmap, MemoryError, PAGE, Ram, RamRegions};
 /// # Errors
 /// The host's, such as a full disk.
 pub fn save(ram: &RamRegions, file: &File) -> io::Result<()> {
-    save_pages(ram, file, for_each_own)
+    save_pages(ram, file, own_pages)
 }
 
 /// As [`save`], of RAM whose pages come from somebody else: all of them are looked at, and so come.
@@ -35,15 +35,14 @@ pub fn save(ram: &RamRegions, file: &File) -> io::Result<()> {
 /// # Errors
 /// As there.
 pub fn save_all(ram: &RamRegions, file: &File) -> io::Result<()> {
-    save_pages(ram, file, |_, all, each| each(all))
+    save_pages(ram, file, |all, each| each(all))
 }
 
-/// Calls its last argument for some pages of a range, by what the pagemap tells.
-type ForEach = fn(&File, Range<usize>, &mut dyn FnMut(Range<usize>) -> io::Result<()>) -> io::Result<()>;
+/// Calls its last argument for some pages of a range.
+type ForEach = fn(Range<usize>, &mut dyn FnMut(Range<usize>) -> io::Result<()>) -> io::Result<()>;
 
 fn save_pages(ram: &RamRegions, file: &File, for_each: ForEach) -> io::Result<()> {
     file.set_len(super::total_bytes(ram))?;
-    let pagemap = super::pagemap()?;
     let mut start = 0;
     for region in ram.iter() {
         let mapping: &MmapRegion<DirtyBitmap> = region;
@@ -55,7 +54,7 @@ fn save_pages(ram: &RamRegions, file: &File, for_each: ForEach) -> io::Result<()
             None => false,
         };
         let host = mapping.as_ptr().addr();
-        for_each(pagemap, host..host + mapping.size(), &mut |pages| {
+        for_each(host..host + mapping.size(), &mut |pages| {
             let page_is_zero = |page: usize| is_zero(mapping, page - host);
             let mut rest = pages;
             while !rest.is_empty() {
@@ -259,8 +258,16 @@ const IS_SWAPPED: u64 = 1 << 4;
 const IS_ZERO_PAGE: u64 = 1 << 5;
 
 /// Calls `each` for runs of pages that are the mapping's own: that somebody has written to, and not those that lie in
-/// a file behind it.
-pub(super) fn for_each_own(
+/// a file behind it. Where the host does not tell, that is all of them.
+pub(super) fn own_pages(range: Range<usize>, each: &mut dyn FnMut(Range<usize>) -> io::Result<()>) -> io::Result<()> {
+    match super::pagemap() {
+        // In a root directory without /proc.
+        Err(error) if error.kind() == io::ErrorKind::NotFound => each(range),
+        pagemap => for_each_own(pagemap?, range, each),
+    }
+}
+
+fn for_each_own(
     pagemap: &File,
     range: Range<usize>,
     each: &mut dyn FnMut(Range<usize>) -> io::Result<()>,

@@ -7,7 +7,7 @@ use std::io;
 
 use vm_memory::{GuestMemoryBackend, GuestMemoryRegion, GuestRegionMmap, MmapRegion};
 
-use super::saved::{for_each_own, write_all};
+use super::saved::{own_pages, write_all};
 use super::{DirtyBitmap, PAGE, RamRegions};
 
 /// A set of pages: a bit for each, by region.
@@ -57,11 +57,10 @@ impl Written {
 /// # Errors
 /// The host's.
 pub fn save_own(ram: &RamRegions, file: &File) -> io::Result<()> {
-    let pagemap = super::pagemap()?;
     let mut start = 0;
     for region in ram.iter() {
         let host = region.as_ptr().addr();
-        for_each_own(pagemap, host..host + region.size(), &mut |pages| {
+        own_pages(host..host + region.size(), &mut |pages| {
             let at = pages.start - host;
             write_all(region, at, pages.len(), file, start + at as u64)
         })?;

@@ -10,6 +10,7 @@ mod devices;
 mod endings;
 mod generation;
 mod golden;
+mod jailer;
 mod killed;
 mod lifecycle;
 mod pages;
