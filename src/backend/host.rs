@@ -231,9 +231,14 @@ impl HostFiles for OpenDirectly {
     }
 
     fn open_again(&self, file: &File, read_only: bool) -> io::Result<File> {
-        // What is open for reading only is not to become more, also where the file's owner asks for it.
-        let writes = rustix::fs::fcntl_getfl(file)? & OFlags::RWMODE == OFlags::RDWR;
-        if !read_only && !writes {
+        // Nothing is to become more than it is, also where the file's owner asks for it.
+        let flags = rustix::fs::fcntl_getfl(file)?;
+        let is_open_so = match flags & OFlags::RWMODE {
+            OFlags::RDWR => true,
+            OFlags::RDONLY => read_only,
+            _ => false,
+        };
+        if !is_open_so || flags.intersects(OFlags::PATH | OFlags::APPEND) {
             return Err(io::ErrorKind::PermissionDenied.into());
         }
         OpenOptions::new().read(true).write(!read_only).custom_flags(libc::O_NONBLOCK).open(descriptor(file))
@@ -327,6 +332,22 @@ fn nameless(dir: &Path) -> io::Result<File> {
 #[cfg(test)]
 mod tests {
     use super::*;
+
+    #[test]
+    fn what_is_opened_again_is_no_more_than_it_was() {
+        let dir = tempfile::tempdir().unwrap();
+        let path = dir.path().join("file");
+        fs::write(&path, "content").unwrap();
+        let open = |file: HostFile| OpenDirectly.open(&file).unwrap();
+        let again = |file: &File, read_only| OpenDirectly.open_again(file, read_only).is_ok();
+        let disk = |read_only| open(HostFile::Disk { path: path.clone(), read_only });
+        assert!(again(&disk(false), false) && again(&disk(false), true) && again(&disk(true), true));
+        assert!(!again(&disk(true), false));
+        for less in [HostFile::Log(path.clone()), HostFile::Place(path.clone()), HostFile::SerialOutput(path.clone())] {
+            let file = open(less.clone());
+            assert!(!again(&file, true) && !again(&file, false), "{less:?}");
+        }
+    }
 
     #[test]
     fn only_a_stale_socket_is_replaced() {

@@ -279,10 +279,10 @@ impl Supervisor {
                     self.parent.answer(&given, &[]);
                 }
                 News::Ended { code, reason } => {
-                    end = Some(Ok(Outcome { code, reason }));
+                    end = Some(Ok(Outcome { code, reason: plain(&reason) }));
                     self.parent.answer(&Given::Done, &[]);
                 }
-                News::NotJailed(why) => end = Some(Err(Unnatural::NotJailed(why))),
+                News::NotJailed(why) => end = Some(Err(Unnatural::NotJailed(plain(&why)))),
                 News::Violation { call, thread } => end = Some(Err(Unnatural::Violation { call, thread })),
                 News::HungUp => break,
             }
@@ -295,6 +295,11 @@ impl Supervisor {
         let by_signal = status.and_then(|(_, status)| status.terminating_signal());
         Ok(end.unwrap_or(Err(by_signal.map_or(Unnatural::Silent, Unnatural::Signal))))
     }
+}
+
+/// What a VMM says of itself, which may have been taken over: short, and nothing for a terminal to act on.
+fn plain(text: &str) -> String {
+    text.chars().filter(|char| !char.is_control()).take(1000).collect()
 }
 
 impl Unnatural {

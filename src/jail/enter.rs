@@ -212,6 +212,8 @@ fn enter(level: Level, namespaces: u64, is_root: bool, parent: u32, socket: &Own
         }
         taken => taken,
     };
+    close_inherited().map_err(step("close what it has inherited"))?;
+    forget_environment();
     // The last that is opened by a path.
     memory::pagemap().map_err(step("open /proc/self/pagemap"))?;
     super::seccomp::tell_of_violations(socket).map_err(step("hear of forbidden system calls"))?;
@@ -241,6 +243,43 @@ fn enter(level: Level, namespaces: u64, is_root: bool, parent: u32, socket: &Own
     }
     may_lack(Layer::Landlock, restrict())?;
     Ok(missing)
+}
+
+/// Closes what whoever started the program has left open. All that is ours would be closed by an exec.
+fn close_inherited() -> io::Result<()> {
+    let inherited = fs::read_dir("/proc/self/fd")?.flatten().filter_map(|entry| {
+        let number: i32 = entry.file_name().to_str()?.parse().ok()?;
+        // SAFETY: the call takes any number.
+        let flags = unsafe { libc::fcntl(number, libc::F_GETFD) };
+        (number > 2 && flags & libc::FD_CLOEXEC == 0).then_some(number)
+    });
+    for number in inherited.collect::<Vec<_>>() {
+        // SAFETY: nobody of this process has made it, so nobody owns it.
+        unsafe { libc::close(number) };
+    }
+    Ok(())
+}
+
+/// What of the environment it needs.
+const KNOWN: [&str; 4] = ["TMPDIR=", "RUST_", "TRANCHE_ATTACK", "TRANCHE_VICTIM"];
+
+/// Writes zeroes over the rest, which may be somebody's secrets.
+fn forget_environment() {
+    unsafe extern "C" {
+        static environ: *const *mut libc::c_char;
+    }
+    // SAFETY: there is one thread, which has no reference into the environment; it is a list of strings that ends with a
+    // null pointer, and each may be written to up to its end.
+    unsafe {
+        let mut variable = environ;
+        while !(*variable).is_null() {
+            let text = std::ffi::CStr::from_ptr(*variable).to_bytes();
+            if !KNOWN.iter().any(|known| text.starts_with(known.as_bytes())) {
+                std::ptr::write_bytes(*variable, 0, text.len());
+            }
+            variable = variable.add(1);
+        }
+    }
 }
 
 /// Finds out which layers this host allows: makes a jail, and takes it down.

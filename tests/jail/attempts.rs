@@ -47,6 +47,8 @@ enum Victim {
     Port,
     /// A process of the same user.
     Process,
+    /// A descriptor that whoever started the VM has left open.
+    Descriptor,
 }
 
 struct Attempt {
@@ -100,6 +102,8 @@ const ATTEMPTS: &[Attempt] = &[
     attempt("reboot", Victim::Nothing, Trapped("reboot"), NO_RIGHT, Either),
     attempt("handle-signals", Victim::Nothing, Trapped("rt_sigaction"), Works, Works),
     attempt("push-keys", Victim::Nothing, Trapped("ioctl(0x5412)"), Fails(""), Either),
+    attempt("read-environment", Victim::Nothing, Fails(""), Fails(""), Works),
+    attempt("read-inherited", Victim::Descriptor, Fails("Bad file descriptor"), Fails("Bad file descriptor"), Works),
     attempt("ask-for-shadow", Victim::Nothing, NOT_NAMED, NOT_NAMED, Either),
     attempt("ask-for-disk", Victim::OtherDisk, NOT_NAMED, NOT_NAMED, Either),
     attempt("ask-to-write", Victim::Kernel, NOT_NAMED, NOT_NAMED, Either),
@@ -149,6 +153,7 @@ impl Scene {
             Victim::Abstract => Self::name(),
             Victim::Port => self.port.local_addr().unwrap().port().to_string(),
             Victim::Process => self.process.id().to_string(),
+            Victim::Descriptor => "99".into(),
         }
     }
 
@@ -194,8 +199,13 @@ fn is_root() -> bool {
 }
 
 /// `tranche run` by whoever runs this test.
+/// It has a secret in its environment, and is started with one more file open than it knows of.
 fn run() -> Command {
-    let mut command = tranche();
+    let program = tranche();
+    // Others than bash have no number as high, which the VMM itself does not come to.
+    let mut command = Command::new("bash");
+    command.args(["-c", "exec 99< /etc/passwd; exec \"$0\" \"$@\""]).arg(program.get_program());
+    command.envs(program.get_envs().filter_map(|(name, value)| Some((name, value?)))).env("SECRET", "42");
     command.arg("run").arg("--kernel").arg(guests().join("hello"));
     command
 }
