@@ -76,7 +76,6 @@ pub struct Inside {
     pub api: Option<ApiClients>,
     pub signals: Signals,
     duties: Duties,
-    is_jailed: bool,
     parent: Option<AskParent>,
 }
 
@@ -112,16 +111,20 @@ impl Inside {
 
     #[must_use]
     pub fn is_jailed(&self) -> bool {
-        self.is_jailed
+        self.parent.is_some()
     }
 }
 
 /// Makes the jail, and the VM in it: `inside` makes and serves it. It may run in another process, which ends with it.
 pub fn run(outside: Outside, inside: impl FnOnce(Inside) -> Result<End, StartError>) -> Outcome {
-    match try_run(outside, inside) {
-        Ok(outcome) => outcome,
-        Err(error) => conclude(Err(error)),
-    }
+    try_run(outside, inside).unwrap_or_else(|error| conclude(Err(error)))
+}
+
+/// Ends this process, as its VM has ended or has failed to start.
+pub fn end(outcome: Result<Outcome, StartError>) -> ! {
+    let Outcome { code, .. } = outcome.unwrap_or_else(|error| conclude(Err(error)));
+    // Without unwinding the machine: the host takes everything back at once, and faster than we could.
+    std::process::exit(code.into())
 }
 
 /// Tells how it went.
@@ -144,7 +147,7 @@ fn try_run(outside: Outside, inside: impl FnOnce(Inside) -> Result<End, StartErr
         threads::confine_with(jail::attack_unjailed);
         let (direct, api) = (Arc::new(OpenDirectly), api.map(ApiSocket::into_clients));
         duties.console.take().map_or(Ok(()), |serve| serve()).map_err(host)?;
-        return Ok(conclude(inside(Inside { host: direct, api, signals, duties, is_jailed: false, parent: None })));
+        return Ok(conclude(inside(Inside { host: direct, api, signals, duties, parent: None })));
     }
     let (front, clients) = match api {
         Some(api) => {
@@ -181,7 +184,7 @@ fn try_run(outside: Outside, inside: impl FnOnce(Inside) -> Result<End, StartErr
                 let duties = Duties { started: Some(started), keeper, ..Duties::default() };
                 let host = Arc::new(parent.clone());
                 let parent = Some(parent.clone());
-                inside(Inside { host, api: clients, signals, duties, is_jailed: true, parent })
+                inside(Inside { host, api: clients, signals, duties, parent })
             });
             // Of one whose parent was killed, nobody is to hear how it has ended.
             let _ = parent.ask(&Ask::Ending, None);

@@ -88,12 +88,7 @@ enum ClockArg {
 
 pub fn run(args: &RestoreArgs, start: Instant) -> ExitCode {
     init_log(args.log_level.into());
-    let code = match run_to_end(args, &Arc::new(Timeline::from(start))) {
-        Ok(outcome) => outcome.code,
-        Err(error) => error.report() as u8,
-    };
-    // Without unwinding the machine: the host takes everything back at once, and faster than we could.
-    std::process::exit(code.into());
+    jailed::end(run_to_end(args, &Arc::new(Timeline::from(start))))
 }
 
 /// Makes the taps that a VM is to be on, in a network namespace that has none yet.

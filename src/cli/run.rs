@@ -107,12 +107,7 @@ pub fn run(mut args: RunArgs, start: Instant) -> ExitCode {
         return vm::run_named(&name, new, args.log_level, args.detach);
     }
     init_log(args.log_level.into());
-    let code = match run_to_end(args, &Arc::new(Timeline::from(start))) {
-        Ok(outcome) => outcome.code,
-        Err(error) => error.report() as u8,
-    };
-    // Without unwinding the machine: the host takes everything back at once, and faster than we could.
-    std::process::exit(code.into());
+    jailed::end(run_to_end(args, &Arc::new(Timeline::from(start))))
 }
 
 /// How the VM is jailed.

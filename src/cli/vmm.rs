@@ -69,12 +69,7 @@ pub fn read_description(path: &std::path::Path) -> Result<VmDescription, StartEr
 
 pub fn run(args: &VmmArgs, start: Instant) -> ExitCode {
     init_log(args.log_level.into());
-    let code = match run_to_end(args, &Arc::new(Timeline::from(start))) {
-        Ok(outcome) => outcome.code,
-        Err(error) => error.report() as u8,
-    };
-    // Without unwinding the machine: the host takes everything back at once, and faster than we could.
-    std::process::exit(code.into());
+    jailed::end(run_to_end(args, &Arc::new(Timeline::from(start))))
 }
 
 fn run_to_end(args: &VmmArgs, timeline: &Arc<Timeline>) -> Result<Outcome, StartError> {

@@ -100,7 +100,7 @@ fn be_the_vm(args: &StartArgs, timeline: &Arc<Timeline>) -> u8 {
     };
     let hub = Arc::new(Mutex::new(None));
     let outcome = serve(args, &vm, definition, &running, hub.clone(), timeline)
-        .unwrap_or_else(|error| Outcome { code: error.report() as u8, reason: exit::one_line(&error) });
+        .unwrap_or_else(|error| jailed::conclude(Err(error)));
     running.end(outcome.code, outcome.reason);
     // Whoever is attached looks then how it ended.
     if let Some(hub) = hub.lock().ok().and_then(|mut hub| hub.take()) {
