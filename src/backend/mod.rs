@@ -15,7 +15,7 @@ pub mod vhost;
 pub use disk::{Disk, DiskError};
 pub use host::{Deed, HostFile, HostFiles, OpenDirectly, Right};
 pub use kernel_cache::KernelCache;
-pub use limiter::Limiter;
+pub use limiter::{Budget, Limiter};
 pub use passt::{Passt, PasstError};
 pub use tap::{Offloads, Tap, TapError};
 pub use vhost::{VhostError, VhostNet};

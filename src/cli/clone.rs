@@ -164,7 +164,7 @@ fn command(args: &CloneArgs, program: &Path, run_dir: &Path, number: u32, namesp
     let mut console = OsString::from("socket=");
     console.push(file("console"));
     command.arg("--serial").arg(console).arg("--id").arg(format!("clone-{number}"));
-    command.arg("--jail").arg(args.jail.level.to_string());
+    command.arg("--jail").arg(args.jail.level().to_string()).args(args.jail.share.to_options());
     for change in &args.overrides {
         command.arg("--override").arg(numbered(change));
     }

@@ -10,7 +10,8 @@ use serde::Serialize;
 use super::exit::{self, Exit};
 use super::table::{Format, Table};
 use crate::backend::OpenDirectly;
-use crate::jail::{self, Layer, landlock_version};
+use crate::config::Share;
+use crate::jail::{self, Cgroup, Layer, landlock_version};
 use crate::machine::look_at_kvm;
 use crate::store::Store;
 
@@ -132,6 +133,11 @@ fn examine_jail() -> Vec<Finding> {
         ),
         layer(Layer::EmptyRoot, "nothing in it, read-only".into(), "it takes a mount namespace"),
         Finding::new("user", Verdict::Ok, "an ordinary one, without capabilities or new privileges; not dumpable"),
+        match Cgroup::make(&Share::default()) {
+            Ok(cgroup) => Finding::new("cgroup", Verdict::Ok, cgroup.controllers().join(", ")),
+            // A strict jail does without, and says so only to who wants limits of CPU time or memory.
+            Err(error) => Finding::new("cgroup", Verdict::Missing, error.to_string()).advise(error.hint()),
+        },
         Finding::new("limits", Verdict::Ok, "threads, address space; no core dumps, no message queues"),
         layer(
             Layer::Landlock,
@@ -291,7 +297,7 @@ fn cgroups() -> Finding {
     match read("/sys/fs/cgroup/cgroup.controllers") {
         Some(controllers) => Finding::new("cgroups", Verdict::Ok, format!("v2: {controllers}")),
         None => Finding::new("cgroups", Verdict::Missing, "no cgroup v2 at /sys/fs/cgroup")
-            .advise("boot with systemd.unified_cgroup_hierarchy=1; nothing needs them yet"),
+            .advise("for --cpu-limit, --cpu-weight and --memory-limit: boot with systemd.unified_cgroup_hierarchy=1"),
     }
 }
 

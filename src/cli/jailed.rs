@@ -14,7 +14,7 @@ use rustix::process::{Pid, Signal, WaitOptions, pidfd_send_signal, waitpid};
 
 use super::api_socket::{ApiClients, ApiFront, ApiSocket};
 use super::exit::{self, Exit};
-use super::run::{resources, tell, what_ended};
+use super::run::{JailArgs, resources, tell, what_ended};
 use super::signals::Signals;
 use super::start_error::StartError;
 use super::terminal::RawTerminal;
@@ -22,8 +22,8 @@ use crate::backend::disk::uring::make_last_rings;
 use crate::backend::{HostFiles, OpenDirectly, Right};
 use crate::config::{JailLevel, MemorySize, SerialConfig};
 use crate::control::{Call, Keeper, Owner, Size};
-use crate::jail::{self, Ask, AskParent, Given, JailError, News, Parent, Policy, Side};
-use crate::machine::End;
+use crate::jail::{self, Ask, AskParent, Cgroup, Given, JailError, News, Parent, Policy, Side};
+use crate::machine::{Budgets, End};
 use crate::memory::release_startup_code;
 use crate::threads::{self, Kind};
 
@@ -32,7 +32,7 @@ const LAST_PATIENCE: i64 = 500;
 
 /// What is there before there is a jail.
 pub struct Outside {
-    pub level: JailLevel,
+    pub jail: JailArgs,
     pub api: Option<ApiSocket>,
     pub signals: Signals,
     /// What the VM may have besides what it asks for before its guest runs.
@@ -45,7 +45,7 @@ impl Outside {
     ///
     /// # Errors
     /// When it cannot be listened there.
-    pub fn new(level: JailLevel, api: Option<&Path>, console: &SerialConfig) -> Result<Self, StartError> {
+    pub fn new(jail: &JailArgs, api: Option<&Path>, console: &SerialConfig) -> Result<Self, StartError> {
         let signals = Signals::block().map_err(resources("listen to signals"))?;
         let api = api.map(|path| ApiSocket::listen(path, &OpenDirectly)).transpose()?;
         // It is made when all else is there, which may be after the start.
@@ -53,7 +53,7 @@ impl Outside {
             SerialConfig::Socket(path) => vec![Right::Listen(path.clone())],
             _ => Vec::new(),
         };
-        Ok(Self { level, api, signals, rights, duties: Duties::default() })
+        Ok(Self { jail: jail.clone(), api, signals, rights, duties: Duties::default() })
     }
 }
 
@@ -75,6 +75,7 @@ pub struct Inside {
     pub host: Arc<dyn HostFiles>,
     pub api: Option<ApiClients>,
     pub signals: Signals,
+    budgets: Budgets,
     duties: Duties,
     parent: Option<AskParent>,
 }
@@ -88,6 +89,7 @@ pub struct Outcome {
 impl Inside {
     /// Has the owner do its part: rights go before the guest runs, and sizes are kept.
     pub fn instruct(&mut self, owner: &mut Owner) {
+        owner.set_budgets(self.budgets.clone());
         if let Some(keeper) = self.duties.keeper.take() {
             owner.keep_size_with(keeper);
         }
@@ -139,15 +141,20 @@ pub fn conclude(ended: Result<End, StartError>) -> Outcome {
 }
 
 fn try_run(outside: Outside, inside: impl FnOnce(Inside) -> Result<End, StartError>) -> Result<Outcome, StartError> {
-    let Outside { level, api, signals, rights, mut duties } = outside;
+    let Outside { jail, api, signals, rights, mut duties } = outside;
+    let (level, share) = (jail.level(), jail.share);
+    let budgets = Budgets::from(&share);
     let host = |error| StartError::Machine(resources("make a jail")(error));
     if level == JailLevel::Off {
+        if share.needs_cgroup() {
+            return Err(StartError::Jail(JailError::LimitsUnjailed));
+        }
         exit::say("tranche: warning: --jail off: whoever takes the VMM over has all rights of its user\n");
         #[cfg(debug_assertions)]
         threads::confine_with(jail::attack_unjailed);
         let (direct, api) = (Arc::new(OpenDirectly), api.map(ApiSocket::into_clients));
         duties.console.take().map_or(Ok(()), |serve| serve()).map_err(host)?;
-        return Ok(conclude(inside(Inside { host: direct, api, signals, duties, parent: None })));
+        return Ok(conclude(inside(Inside { host: direct, api, signals, budgets, duties, parent: None })));
     }
     let (front, clients) = match api {
         Some(api) => {
@@ -157,7 +164,11 @@ fn try_run(outside: Outside, inside: impl FnOnce(Inside) -> Result<End, StartErr
         None => (None, None),
     };
     let (pass_on, passed_on) = UnixStream::pair().map_err(host)?;
-    match jail::split(level).map_err(StartError::Jail)? {
+    let cgroup = match Cgroup::make(&share) {
+        Err(error) if share.needs_cgroup() => return Err(StartError::Jail(error.into())),
+        made => made.ok(),
+    };
+    match jail::split(level, cgroup.as_ref()).map_err(StartError::Jail)? {
         Side::Vmm { socket, missing } => {
             for (layer, why) in missing {
                 tracing::warn!("the jail is incomplete: no {}: {why}", layer.name());
@@ -165,6 +176,7 @@ fn try_run(outside: Outside, inside: impl FnOnce(Inside) -> Result<End, StartErr
             // What is this side's is not the other's. The store's lock stays: as long as the VMM lives, its VM does.
             front.into_iter().for_each(ApiFront::forget);
             drop((pass_on, signals));
+            std::mem::forget(cgroup);
             std::mem::forget(duties.split.take());
             let parent = AskParent::new(socket);
             threads::confine_with(jail::confine_thread);
@@ -184,7 +196,7 @@ fn try_run(outside: Outside, inside: impl FnOnce(Inside) -> Result<End, StartErr
                 let duties = Duties { started: Some(started), keeper, ..Duties::default() };
                 let host = Arc::new(parent.clone());
                 let parent = Some(parent.clone());
-                inside(Inside { host, api: clients, signals, duties, parent })
+                inside(Inside { host, api: clients, signals, budgets, duties, parent })
             });
             // Of one whose parent was killed, nobody is to hear how it has ended.
             let _ = parent.ask(&Ask::Ending, None);
@@ -201,7 +213,7 @@ fn try_run(outside: Outside, inside: impl FnOnce(Inside) -> Result<End, StartErr
             }
             duties.console.take().map_or(Ok(()), |serve| serve()).map_err(host)?;
             let terminal = RawTerminal::guard().map_err(host)?;
-            let parent = Parent::new(socket, pid, Policy::knowing(rights));
+            let parent = Parent::new(socket, pid, Policy::knowing(rights), cgroup);
             let outcome = Supervisor { parent, process, pass_on, signals, front, duties }.supervise(pid)?;
             drop(terminal);
             Ok(outcome.unwrap_or_else(|unnatural| unnatural.report()))
@@ -223,6 +235,7 @@ struct Supervisor {
 enum Unnatural {
     NotJailed(String),
     Violation { call: String, thread: &'static str },
+    OutOfMemory,
     Signal(i32),
     Silent,
 }
@@ -295,6 +308,9 @@ impl Supervisor {
         if let Some(front) = &mut self.front {
             front.relay.finish(LAST_PATIENCE);
         }
+        if end.is_none() && self.parent.ran_out_of_memory() {
+            end = Some(Err(Unnatural::OutOfMemory));
+        }
         let by_signal = status.and_then(|(_, status)| status.terminating_signal());
         Ok(end.unwrap_or(Err(by_signal.map_or(Unnatural::Silent, Unnatural::Signal))))
     }
@@ -316,6 +332,13 @@ impl Unnatural {
                 Exit::JailBroken,
                 format!("the VMM was ended: its {thread} thread called {call}, which its jail forbids"),
                 Some("a guest may have taken it over, or it is a bug: please report it"),
+            ),
+            Self::OutOfMemory => (
+                Exit::MemoryTaken,
+                "the host's kernel ended the VM: it took more memory than its limit".into(),
+                Some(
+                    "--memory-limit has to have room for what the guest uses, and some for the VMM; see docs/shares.md",
+                ),
             ),
             Self::Signal(signal) => (Exit::Internal, format!("the VMM was killed by signal {signal}"), None),
             Self::Silent => (Exit::Internal, "the VMM has ended without a word".into(), None),

@@ -15,6 +15,7 @@ pub mod jailer;
 mod kernel;
 mod restore;
 mod run;
+mod scope;
 mod serve;
 mod signals;
 mod snapshot;

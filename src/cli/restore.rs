@@ -88,6 +88,7 @@ enum ClockArg {
 
 pub fn run(args: &RestoreArgs, start: Instant) -> ExitCode {
     init_log(args.log_level.into());
+    super::scope::enter(&args.jail.share);
     jailed::end(run_to_end(args, &Arc::new(Timeline::from(start))))
 }
 
@@ -121,7 +122,7 @@ fn run_to_end(args: &RestoreArgs, timeline: &Arc<Timeline>) -> Result<Outcome, S
             make_taps(&folder.snapshot.config)?;
         }
     }
-    let mut outside = Outside::new(args.jail.level, args.api_sock.as_deref(), &args.serial)?;
+    let mut outside = Outside::new(&args.jail, args.api_sock.as_deref(), &args.serial)?;
     // The next snapshot takes from it what it knows of the disks' files.
     outside.rights.extend(manifest);
     let identity = Identity { id: args.id.clone(), ..Identity::tranche(Transport::default()) };

@@ -12,16 +12,18 @@ use tracing::Level;
 use super::console::Console;
 use super::exit;
 use super::jailed::{self, Inside, Outcome, Outside};
+use super::scope;
 use super::serve::{OnSignal, Served, serve};
 use super::start_error::StartError;
 use super::vm;
 use super::vm::create::{NamedArgs, NewVm};
 use super::vm_args::{VmArgs, resolve_kernel};
 use crate::backend::HostFiles;
-use crate::config::{JailLevel, SerialConfig, VmConfig};
+use crate::config::{JailLevel, SerialConfig, Share, VmConfig};
 use crate::control::{Identity, Owner};
 use crate::machine::{End, Machine, MachineError, Parts};
 use crate::observe::{Timeline, init_log};
+use crate::store::Definition;
 
 /// Boot a VM, with its serial console on this terminal
 ///
@@ -111,11 +113,27 @@ pub fn run(mut args: RunArgs, start: Instant) -> ExitCode {
 }
 
 /// How the VM is jailed.
-#[derive(Debug, Args)]
+#[derive(Debug, Clone, Args)]
 pub struct JailArgs {
-    /// How much is taken away from the VM's process (see docs/jail.md)
-    #[arg(long = "jail", value_name = "LEVEL", default_value_t)]
-    pub level: JailLevel,
+    /// How much is taken away from the VM's process (see docs/jail.md) [default: strict]
+    #[arg(long = "jail", value_name = "LEVEL")]
+    pub level: Option<JailLevel>,
+
+    #[command(flatten)]
+    pub share: Share,
+}
+
+impl JailArgs {
+    #[must_use]
+    pub fn level(&self) -> JailLevel {
+        self.level.unwrap_or_default()
+    }
+
+    /// With what a definition says where the command line says nothing.
+    #[must_use]
+    pub fn or(self, definition: &Definition) -> Self {
+        Self { level: self.level.or(Some(definition.jail)), share: self.share.or(&definition.share) }
+    }
 }
 
 /// One line on standard error for an end that is not simply a power-off.
@@ -141,10 +159,13 @@ pub fn what_ended(end: &End) -> String {
 
 /// Builds, starts and serves the machine. The terminal is as it was when this returns.
 fn run_to_end(args: RunArgs, timeline: &Arc<Timeline>) -> Result<Outcome, StartError> {
-    let mut config = args.vm.into_definition()?.vm;
+    let definition = args.vm.into_definition()?;
+    let jail = args.jail.or(&definition);
+    scope::enter(&jail.share);
+    let mut config = definition.vm;
     resolve_kernel(&mut config)?;
     config.serial = args.serial;
-    let outside = Outside::new(args.jail.level, args.api_sock.as_deref(), &config.serial)?;
+    let outside = Outside::new(&jail, args.api_sock.as_deref(), &config.serial)?;
     let identity = Identity::tranche(config.transport);
     Ok(jailed::run(outside, |inside| {
         let host = inside.host.clone();
@@ -185,11 +206,12 @@ impl Boot<'_> {
     ) -> Result<End, StartError> {
         let Self { config, identity, mut inside, timeline } = self;
         let host = inside.host.clone();
-        let machine = Machine::build(Parts::open(config, &*host)?, &*host, timeline)?;
+        let mut owner = Owner::new(identity, host.clone(), config.serial.clone(), timeline.clone());
+        inside.instruct(&mut owner);
+        let parts = Parts { budgets: owner.budgets(), ..Parts::open(config, &*host)? };
+        let machine = Machine::build(parts, &*host, timeline)?;
         // Only now, as an error has to find the terminal as it was.
         let mut console = console()?;
-        let mut owner = Owner::new(identity, host, config.serial.clone(), timeline.clone());
-        inside.instruct(&mut owner);
         owner.adopt(machine, config)?;
         serve_to_end(owner, &mut console, inside, started)
     }

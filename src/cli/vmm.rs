@@ -69,11 +69,12 @@ pub fn read_description(path: &std::path::Path) -> Result<VmDescription, StartEr
 
 pub fn run(args: &VmmArgs, start: Instant) -> ExitCode {
     init_log(args.log_level.into());
+    super::scope::enter(&args.jail.share);
     jailed::end(run_to_end(args, &Arc::new(Timeline::from(start))))
 }
 
 fn run_to_end(args: &VmmArgs, timeline: &Arc<Timeline>) -> Result<Outcome, StartError> {
-    let mut outside = Outside::new(args.jail.level, Some(&args.api_sock), &args.serial)?;
+    let mut outside = Outside::new(&args.jail, Some(&args.api_sock), &args.serial)?;
     if let Some(socket) = &mut outside.api {
         socket.max_body = args.http_api_max_payload_size;
     }

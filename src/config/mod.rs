@@ -7,6 +7,7 @@ mod limits;
 mod options;
 mod saved;
 mod shape;
+mod share;
 mod units;
 
 use std::fmt;
@@ -22,6 +23,7 @@ pub use jail::JailLevel;
 pub use limits::{RateLimits, TokenBucket};
 pub use saved::{Override, OverrideError, SavedDisk, SavedNic, SavedVm};
 pub use shape::{CpuShape, MemoryPages, MemoryPolicy, MemoryPolicyArg, MemoryShape, check_threads};
+pub use share::{Flow, Share};
 pub use units::{MacAddress, MemorySize};
 
 /// Most vCPUs a VM can have.

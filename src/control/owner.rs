@@ -15,7 +15,7 @@ use super::{Answer, Answerer, Call, Fault, Listener, Message, Power, When};
 use crate::backend::{HostFile, HostFiles};
 use crate::config::firecracker as fc;
 use crate::config::{SerialConfig, Transport, VmConfig};
-use crate::machine::{End, Machine, MachineError, Notice, Pause, State};
+use crate::machine::{Budgets, End, Machine, MachineError, Notice, Pause, State};
 use crate::observe::{Timeline, change_log};
 use crate::snapshot::Overlay;
 
@@ -76,6 +76,7 @@ pub struct Owner {
     pub(super) console: SerialConfig,
     pub(super) timeline: Arc<Timeline>,
     pub(super) plan: Plan,
+    pub(super) budgets: Budgets,
     pub(super) machine: Option<Machine>,
     /// How many machines there have been.
     lives: u32,
@@ -113,6 +114,7 @@ impl Owner {
             console,
             timeline,
             plan: Plan::default(),
+            budgets: Budgets::default(),
             machine: None,
             lives: 0,
             listeners: Vec::new(),
@@ -131,6 +133,16 @@ impl Owner {
             view: Arc::default(),
             shows: false,
         }
+    }
+
+    /// What the devices of each machine together may do.
+    pub fn set_budgets(&mut self, budgets: Budgets) {
+        self.budgets = budgets;
+    }
+
+    #[must_use]
+    pub fn budgets(&self) -> Budgets {
+        self.budgets.clone()
     }
 
     /// Has something done before there is a guest that runs.
@@ -306,7 +318,8 @@ impl Owner {
     }
 
     fn build(&mut self) -> Result<(), Fault> {
-        let parts = self.plan.parts(&*self.host, &self.identity, &self.console)?;
+        let mut parts = self.plan.parts(&*self.host, &self.identity, &self.console)?;
+        parts.budgets = self.budgets();
         let mut machine = Machine::build(parts, &*self.host, &self.timeline)?;
         machine.serial().limit(self.plan.serial_limits);
         self.prepare_for_guest()?;

@@ -12,7 +12,7 @@ use crate::config::{
     CacheMode, CpuChanges, DiskConfig, EntropyConfig, IoEngine, MemoryPages, MemoryPolicy, MemorySize, NetBackend,
     NetConfig, RateLimits, SavedVm, SerialConfig, Transport, VmConfig,
 };
-use crate::machine::{MachineError, OpenDisk, OpenNic, Origin, Parts, SerialSetup, open_initrd, open_kernel};
+use crate::machine::{Budgets, MachineError, OpenDisk, OpenNic, Origin, Parts, SerialSetup, open_initrd, open_kernel};
 use crate::platform::serial::SerialOutput;
 
 /// Most bytes of a command line, for Firecracker's clients.
@@ -310,6 +310,7 @@ impl Plan {
             track_writes: machine.track_dirty_pages,
             disks,
             nics,
+            budgets: Budgets::default(),
             entropy: self
                 .description
                 .entropy

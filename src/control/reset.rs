@@ -50,6 +50,7 @@ impl Owner {
         let (threads, pages) = (config.threads_per_core(), config.memory_pages());
         let (changes, tracks) = (self.plan.cpu_changes()?, config.track_dirty_pages);
         let mut parts = remains.into_parts(origin, threads, changes, pages, tracks, &*self.host)?;
+        parts.budgets = self.budgets();
         (parts.cpus, parts.memory) = (config.vcpu_count, MemorySize(config.mem_size_mib << 20));
         let mut machine = Machine::build(parts, &*self.host, &self.timeline)?;
         machine.serial().limit(self.plan.serial_limits);

@@ -318,7 +318,7 @@ impl Owner {
         let console = SerialSetup::open(&self.console, &*self.host)?;
         let origin = Origin::Saved { state: Box::new(state.machine), memory, clock };
         let parts = Parts::of_saved(config, origin, console, self.identity.vcpu_thread, &*self.host)?;
-        let parts = Parts { track_writes, ..parts };
+        let parts = Parts { track_writes, budgets: self.budgets(), ..parts };
         let machine = Machine::build(parts, &*self.host, &self.timeline)?;
         self.prepare_for_guest()?;
         self.install(machine);

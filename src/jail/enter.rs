@@ -16,7 +16,7 @@
 
 use std::fs;
 use std::io::{self, Read, Write};
-use std::os::fd::{FromRawFd, OwnedFd};
+use std::os::fd::{AsRawFd, FromRawFd, OwnedFd};
 use std::os::unix::net::UnixStream;
 
 use landlock::{
@@ -32,7 +32,7 @@ use rustix::process::{
 use rustix::thread::{CapabilitySet, CapabilitySets, set_capabilities, set_no_new_privs};
 use thiserror::Error;
 
-use super::{Layer, wire};
+use super::{Cgroup, CgroupError, Layer, wire};
 use crate::config::JailLevel as Level;
 use crate::memory;
 
@@ -43,7 +43,7 @@ pub const NOT_JAILED: u8 = 0xfe;
 const NOBODY: u32 = 65534;
 
 /// Most processes and threads of a VMM; those of 64 vCPUs and as many devices take a part of that.
-const THREADS: u64 = 1024;
+pub(super) const THREADS: u64 = 1024;
 
 #[derive(Debug, Error)]
 pub enum JailError {
@@ -53,6 +53,12 @@ pub enum JailError {
     Fork(#[source] io::Error),
     #[error("cannot map the user of the VMM's user namespace")]
     Map(#[source] io::Error),
+    #[error(transparent)]
+    Cgroup(#[from] CgroupError),
+    #[error("cannot make a process in its cgroup")]
+    JoinCgroup(#[source] io::Error),
+    #[error("limits of CPU time and memory take a jail: --jail strict or compat")]
+    LimitsUnjailed,
     #[error("{0}")]
     Step(String),
     #[error("the VMM's parent cannot go on: {what}")]
@@ -71,7 +77,8 @@ impl JailError {
             Self::Step(_) => {
                 Some("'tranche doctor --jail' shows what this host has, and '--jail compat' does with that")
             }
-            Self::Fork(_) | Self::Host { .. } => None,
+            Self::Cgroup(error) => Some(error.hint()),
+            Self::Fork(_) | Self::JoinCgroup(_) | Self::LimitsUnjailed | Self::Host { .. } => None,
         }
     }
 }
@@ -96,6 +103,9 @@ pub enum Side {
 /// Layers of a jail that are not there, and why.
 pub type Missing = Vec<(Layer, String)>;
 
+/// linux/sched.h; the one of libc is too small for it.
+const CLONE_INTO_CGROUP: u64 = 0x2_0000_0000;
+
 const NAMESPACES: u64 = (libc::CLONE_NEWUSER
     | libc::CLONE_NEWNS
     | libc::CLONE_NEWPID
@@ -104,13 +114,13 @@ const NAMESPACES: u64 = (libc::CLONE_NEWUSER
     | libc::CLONE_NEWUTS
     | libc::CLONE_NEWCGROUP) as u64;
 
-/// Makes the process that is to be the VMM. It has rights still, and waits for nobody.
+/// Makes the process that is to be the VMM, in the cgroup if there is one. It has rights still, and waits for nobody.
 ///
 /// No other thread may be there yet.
 ///
 /// # Errors
 /// With [`Level::Strict`], when the host does not let us take away all of them.
-pub fn split(level: Level) -> Result<Side, JailError> {
+pub fn split(level: Level, cgroup: Option<&Cgroup>) -> Result<Side, JailError> {
     let failed = |source: Errno| JailError::Host { what: "no socket", source: source.into() };
     let pair = |kind| socketpair(AddressFamily::UNIX, kind, SocketFlags::CLOEXEC, None);
     let (ours, theirs) = pair(SocketType::SEQPACKET).map_err(failed)?;
@@ -119,11 +129,12 @@ pub fn split(level: Level) -> Result<Side, JailError> {
     let is_root = rustix::process::geteuid().is_root();
     let parent = std::process::id();
     let mut namespaces = NAMESPACES;
+    let cgroup = cgroup.map(Cgroup::fd).transpose()?;
     let (pid, process) = loop {
-        match clone3(namespaces) {
+        match clone3(namespaces, cgroup.as_ref()) {
             Ok(Some(child)) => break child,
             Ok(None) => {
-                drop((ours, go));
+                drop((ours, go, cgroup));
                 let mut start = [0];
                 let entered = wait
                     .read_exact(&mut start)
@@ -138,6 +149,13 @@ pub fn split(level: Level) -> Result<Side, JailError> {
                         std::process::exit(1)
                     }
                 };
+            }
+            // Of the cgroup only: one that has gone, is not ours, or has groups in it.
+            Err(error)
+                if cgroup.is_some()
+                    && [libc::ENODEV, libc::EACCES, libc::EBUSY].map(Some).contains(&error.raw_os_error()) =>
+            {
+                return Err(JailError::JoinCgroup(error));
             }
             Err(error) if level == Level::Strict => return Err(JailError::Namespaces(error)),
             // Root does without those of users, others without any.
@@ -155,11 +173,15 @@ pub fn split(level: Level) -> Result<Side, JailError> {
 }
 
 /// The process's number and descriptor; nothing in the child.
-fn clone3(flags: u64) -> io::Result<Option<(i32, OwnedFd)>> {
+fn clone3(flags: u64, cgroup: Option<&OwnedFd>) -> io::Result<Option<(i32, OwnedFd)>> {
     let mut pidfd: libc::c_int = -1;
     // SAFETY: all zeroes are a valid clone_args.
     let mut args: libc::clone_args = unsafe { std::mem::zeroed() };
     args.flags = flags | libc::CLONE_PIDFD as u64;
+    if let Some(cgroup) = cgroup {
+        args.flags |= CLONE_INTO_CGROUP;
+        args.cgroup = cgroup.as_raw_fd() as u64;
+    }
     args.pidfd = (&raw mut pidfd).addr() as u64;
     args.exit_signal = libc::SIGCHLD as u64;
     // SAFETY: without CLONE_VM this is fork(2): the child goes on with a copy of all. It has one thread, as we have, so
@@ -287,7 +309,7 @@ fn forget_environment() {
 /// # Errors
 /// When there is not even a process to be had.
 pub fn examine() -> Result<Missing, JailError> {
-    match split(Level::Compat)? {
+    match split(Level::Compat, None)? {
         Side::Vmm { socket, missing } => {
             let _ = wire::send(&socket, &missing, &[]);
             std::process::exit(0)

@@ -10,6 +10,7 @@
 mod asking;
 #[cfg(debug_assertions)]
 mod attacker;
+mod cgroup;
 pub mod chroot;
 mod enter;
 mod parent;
@@ -24,6 +25,7 @@ use serde::{Deserialize, Serialize};
 pub use self::asking::AskParent;
 #[cfg(debug_assertions)]
 pub use self::attacker::attack_unjailed;
+pub use self::cgroup::{Cgroup, CgroupError, can_be_made as can_make_cgroup};
 pub use self::enter::{JailError, Missing, Side, examine, split};
 pub use self::parent::{News, Parent};
 pub use self::policy::Policy;

@@ -8,13 +8,14 @@ use std::sync::Arc;
 
 use rustix::process::{Pid, Resource, Rlimit, prlimit};
 
+use super::Cgroup;
 use super::policy::Policy;
 use super::seccomp::read_violation;
 use super::wire::{self, Ask, Given, Received};
 use crate::backend::host::Peer;
 use crate::backend::kernel_cache::UnpackedKernels;
 use crate::backend::tap::TapQueue;
-use crate::backend::{HostFiles, OpenDirectly, Right, passt};
+use crate::backend::{HostFile, HostFiles, OpenDirectly, Right, passt};
 use crate::memory;
 
 /// How much more memory a VMM may map once its guest runs, in bytes: threads, buffers, devices that are plugged in.
@@ -30,6 +31,8 @@ pub struct Parent {
     /// What runs for the VM; ends with it.
     helpers: Vec<Child>,
     kernels: Option<Option<Arc<dyn UnpackedKernels>>>,
+    /// Dropped last: who is in it is gone then.
+    cgroup: Option<Cgroup>,
 }
 
 /// What a message was, besides something that has been done.
@@ -59,8 +62,14 @@ pub enum News {
 
 impl Parent {
     #[must_use]
-    pub fn new(socket: OwnedFd, pid: i32, policy: Policy) -> Self {
-        Self { socket, pid, memory: None, policy, helpers: Vec::new(), kernels: None }
+    pub fn new(socket: OwnedFd, pid: i32, policy: Policy, cgroup: Option<Cgroup>) -> Self {
+        Self { socket, pid, memory: None, policy, helpers: Vec::new(), kernels: None, cgroup }
+    }
+
+    /// Has the host's kernel ended the VMM, as it took more memory than it may?
+    #[must_use]
+    pub fn ran_out_of_memory(&self) -> bool {
+        self.cgroup.as_ref().is_some_and(Cgroup::ran_out_of_memory)
     }
 
     /// Takes in a message, and waits for one if there is none.
@@ -116,6 +125,7 @@ impl Parent {
             // Only the lower limit, which the VMM cannot change: who is not root could not raise the other one again.
             let limit = Rlimit { current: Some(*memory), maximum: None };
             prlimit(Pid::from_raw(self.pid), Resource::As, limit)?;
+            self.cgroup.as_ref().map_or(Ok(()), |cgroup| cgroup.allow_memory(*memory))?;
         }
         Ok(())
     }
@@ -134,7 +144,13 @@ impl Parent {
         match ask {
             Ask::Open(file) => {
                 self.check(Right::Open(file.clone()))?;
-                done(host.open(&file)?.into())
+                let opened = host.open(&file)?;
+                if let (HostFile::Disk { path, .. }, Some(cgroup)) = (&file, &self.cgroup)
+                    && let Err(error) = cgroup.limit_disk(&opened)
+                {
+                    tracing::warn!("the limit of disks does not hold where {} is: {error}", path.display());
+                }
+                done(opened.into())
             }
             // No more than it has already.
             Ask::OpenAgain { read_only } => done(host.open_again(&regular(received.fd()?)?, read_only)?.into()),
@@ -164,6 +180,9 @@ impl Parent {
                 self.check(Right::StartPasst(network.clone()))?;
                 Ok(match passt::spawn(&network, mtu) {
                     Ok(passt::Process { socket, complaints, child }) => {
+                        if let (Some(child), Some(cgroup)) = (&child, &self.cgroup) {
+                            cgroup.add(child.id())?;
+                        }
                         self.helpers.extend(child);
                         (Given::Done, vec![socket.into(), complaints.into()])
                     }

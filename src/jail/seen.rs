@@ -1,9 +1,12 @@
 //! A jail as it is seen from outside, in /proc (proc(5)): what the kernel says of the process, not what the process says.
 
+use std::collections::BTreeMap;
 use std::fs;
 use std::os::unix::fs::MetadataExt;
 
 use serde::Serialize;
+
+use super::cgroup;
 
 /// What the kernel tells of a process. Some of it only root gets to see.
 #[derive(Debug, Clone, PartialEq, Eq, Serialize)]
@@ -19,6 +22,9 @@ pub struct Seen {
     pub no_new_privileges: bool,
     /// May others of the same user look into its memory?
     pub dumpable: bool,
+    /// The one that is its own, and what it may take; none if it is in somebody else's.
+    pub cgroup: Option<String>,
+    pub cgroup_limits: BTreeMap<&'static str, String>,
     pub threads: usize,
     /// Threads whose system calls are filtered.
     pub filtered_threads: usize,
@@ -43,6 +49,7 @@ pub fn look_at(pid: u32) -> Option<Seen> {
             _ => false,
         }
     };
+    let (cgroup, cgroup_limits) = cgroup::look_at(pid).unzip();
     let tasks = fs::read_dir(format!("/proc/{pid}/task")).ok()?.flatten();
     let tasks: Vec<_> = tasks.filter_map(|task| fs::read_to_string(task.path().join("status")).ok()).collect();
     Some(Seen {
@@ -55,6 +62,8 @@ pub fn look_at(pid: u32) -> Option<Seen> {
         no_new_privileges: value("NoNewPrivs") == Some("1"),
         // Else its files in /proc belong to root.
         dumpable: fs::metadata(format!("/proc/{pid}/status")).ok().map(|of| of.uid()) == user,
+        cgroup,
+        cgroup_limits: cgroup_limits.unwrap_or_default(),
         threads: tasks.len(),
         filtered_threads: tasks.iter().filter(|task| self::value(task, "Seccomp") == Some("2")).count(),
     })

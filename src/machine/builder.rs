@@ -49,7 +49,7 @@ impl Machine {
         let topology = Topology { cpus, threads_per_core: parts.threads_per_core };
         let changes = parts.cpu_changes;
         let (logs_writes, memory_policy) = (parts.track_writes, parts.memory_policy);
-        let Parts { origin, disks, nics, entropy, serial, transport, vcpu_thread, .. } = parts;
+        let Parts { origin, disks, nics, budgets, entropy, serial, transport, vcpu_thread, .. } = parts;
         let kvm = open_kvm(host, cpus, &changes)?;
         let vm = Arc::new(create_vm(&kvm).map_err(KvmError::call("create a VM"))?);
         timeline.mark(Milestone::VmCreated);
@@ -109,7 +109,7 @@ impl Machine {
             generation::renew(&ram).map_err(MachineError::host("make a generation ID"))?;
             event_device.lock().unwrap_or_else(PoisonError::into_inner).generation_changed();
         }
-        let limits = Limits::of(&disks, &nics);
+        let limits = Limits::of(&disks, &nics).within(budgets)?;
         let knows_writes = logs_writes && !nics.iter().any(OpenNic::writes_behind_our_back);
         let opened = Opened { disks, nics, entropy };
         let devices = match &saved {

@@ -24,6 +24,7 @@ impl Machine {
     pub fn plug_disk(&mut self, disk: OpenDisk) -> Result<(), MachineError> {
         self.check_started("to plug in a disk")?;
         let limits = Limits::of(std::slice::from_ref(&disk), &[]);
+        self.limits.accept(&limits)?;
         let slot = self.devices.plug_disk(disk)?;
         self.limits.add(limits);
         self.announce(slot);
@@ -37,6 +38,7 @@ impl Machine {
     pub fn plug_nic(&mut self, nic: OpenNic) -> Result<(), MachineError> {
         self.check_started("to plug in a network card")?;
         let limits = Limits::of(&[], std::slice::from_ref(&nic));
+        self.limits.accept(&limits)?;
         let writes_unknown = nic.writes_behind_our_back();
         let slot = self.devices.plug_nic(nic)?;
         // For good: what it has written stays when it is gone.

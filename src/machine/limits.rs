@@ -6,8 +6,8 @@ use super::Machine;
 use super::devices::DeviceId;
 use super::error::{MachineError, PlugError};
 use super::parts::{OpenDisk, OpenNic};
-use crate::backend::Limiter;
-use crate::config::{ConfigError, RateLimits, SavedDisk, SavedNic};
+use crate::backend::{Budget, Limiter};
+use crate::config::{ConfigError, Flow, RateLimits, SavedDisk, SavedNic, Share};
 use crate::devices::net::NetLimiters;
 use crate::observe::Traffic;
 
@@ -16,6 +16,22 @@ use crate::observe::Traffic;
 pub struct Limits {
     disks: Vec<(String, Arc<Limiter>)>,
     nics: Vec<(String, NicLimiters)>,
+    budgets: Budgets,
+}
+
+/// What limits all devices of a kind together. Those of later lives of a VM go on with it.
+#[derive(Debug, Default, Clone)]
+pub struct Budgets {
+    disks: Option<Arc<Budget>>,
+    rx: Option<Arc<Budget>>,
+    tx: Option<Arc<Budget>>,
+}
+
+impl From<&Share> for Budgets {
+    fn from(share: &Share) -> Self {
+        let budget = |flow: Option<Flow>| flow.map(|Flow(limits)| Arc::new(Budget::new(limits)));
+        Self { disks: budget(share.io_limit), rx: budget(share.net_limit), tx: budget(share.net_limit) }
+    }
 }
 
 /// What limits a network card.
@@ -31,10 +47,29 @@ impl Limits {
         Self {
             disks: disks.iter().map(|disk| (disk.id().to_owned(), disk.limiter())).collect(),
             nics: nics.iter().map(|nic| (nic.id().to_owned(), nic.limiters())).collect(),
+            budgets: Budgets::default(),
         }
     }
 
-    /// Takes in those of more devices.
+    /// Has all of them spend from budgets, also what comes later.
+    ///
+    /// # Errors
+    /// When nothing limits one of them.
+    pub fn within(mut self, budgets: Budgets) -> Result<Self, MachineError> {
+        self.budgets = budgets;
+        self.budgets.limit(&self)?;
+        Ok(self)
+    }
+
+    /// May those of more devices be taken in?
+    ///
+    /// # Errors
+    /// When nothing limits one of them.
+    pub fn accept(&self, more: &Self) -> Result<(), MachineError> {
+        self.budgets.limit(more)
+    }
+
+    /// Takes in those of more devices, which have been accepted.
     pub fn add(&mut self, mut more: Self) {
         self.disks.append(&mut more.disks);
         self.nics.append(&mut more.nics);
@@ -91,6 +126,28 @@ impl Limits {
             (_, NicLimiters::Vhost(_)) if rx.is_unlimited() && tx.is_unlimited() => Ok(()),
             (_, NicLimiters::Vhost(tap)) => Err(ConfigError::LimitsOfVhost(tap.clone()).into()),
         }
+    }
+}
+
+impl Budgets {
+    fn limit(&self, limits: &Limits) -> Result<(), MachineError> {
+        let spend = |limiter: &Limiter, budget: &Option<Arc<Budget>>| {
+            budget.iter().for_each(|budget| limiter.spend_from(budget.clone()));
+        };
+        limits.disks.iter().for_each(|(_, limiter)| spend(limiter, &self.disks));
+        for (_, nic) in &limits.nics {
+            match nic {
+                NicLimiters::Both(limiters) => {
+                    spend(&limiters.rx, &self.rx);
+                    spend(&limiters.tx, &self.tx);
+                }
+                NicLimiters::Vhost(tap) if self.rx.is_some() => {
+                    return Err(ConfigError::LimitsOfVhost(tap.clone()).into());
+                }
+                NicLimiters::Vhost(_) => {}
+            }
+        }
+        Ok(())
     }
 }
 
@@ -152,7 +209,7 @@ mod tests {
     fn a_card_is_limited_each_way_unless_nothing_can() {
         let ours = NetLimiters::default();
         let nics = vec![("a".into(), NicLimiters::Both(ours.clone())), ("b".into(), NicLimiters::Vhost("tap0".into()))];
-        let limits = Limits { disks: Vec::new(), nics };
+        let limits = Limits { nics, ..Limits::default() };
         limits.limit_nic("a", &NONE, &NINE_OPS).unwrap();
         assert_eq!((ours.rx.limits(), ours.tx.limits()), (NONE, NINE_OPS));
         limits.limit_nic("a", &NINE_OPS, &NONE).unwrap();
@@ -163,5 +220,10 @@ mod tests {
             assert!(matches!(error, MachineError::Config(ConfigError::LimitsOfVhost(_))), "{error:?}");
         }
         assert!(limits.limit_nic("c", &NONE, &NONE).is_err());
+        let share = |io, net| Budgets::from(&Share { io_limit: io, net_limit: net, ..Share::default() });
+        let flow = || "1M".parse().ok();
+        assert!(limits.clone().within(share(flow(), None)).is_ok());
+        let error = limits.within(share(None, flow())).err();
+        assert!(matches!(error, Some(MachineError::Config(ConfigError::LimitsOfVhost(_)))), "{error:?}");
     }
 }

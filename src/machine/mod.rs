@@ -30,6 +30,7 @@ pub use self::devices::{DeviceBusy, DeviceId, DevicesStateV1, Presence, RestoreE
 pub use self::drive::Replacement;
 pub use self::error::{KvmError, MachineError, PlugError};
 pub use self::lifecycle::{End, State};
+pub use self::limits::Budgets;
 pub use self::meters::Meters;
 pub use self::pager::{OpenPager, PagerError};
 pub use self::parts::{OpenDisk, OpenNic, Origin, Parts, SavedMemory, SerialSetup, open_initrd, open_kernel};

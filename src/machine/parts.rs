@@ -7,7 +7,7 @@ use std::sync::Arc;
 
 use super::drive::Drive;
 use super::error::MachineError;
-use super::limits::NicLimiters;
+use super::limits::{Budgets, NicLimiters};
 use super::pager::OpenPager;
 use super::saved::MachineStateV1;
 use crate::backend::disk::Disk;
@@ -40,6 +40,8 @@ pub struct Parts {
     /// Guests number disks, then network cards, in this order.
     pub disks: Vec<OpenDisk>,
     pub nics: Vec<OpenNic>,
+    /// What all of them together may do.
+    pub budgets: Budgets,
     pub entropy: Option<EntropyConfig>,
     pub serial: SerialSetup,
     pub transport: Transport,
@@ -96,6 +98,7 @@ impl Parts {
             track_writes: false,
             disks,
             nics,
+            budgets: Budgets::default(),
             entropy: config.entropy.clone(),
             serial,
             transport: config.transport,
@@ -135,6 +138,7 @@ impl Parts {
             track_writes: false,
             disks,
             nics,
+            budgets: Budgets::default(),
             entropy: config.entropy.clone(),
             serial: console,
             transport: config.transport,

@@ -6,6 +6,7 @@ use super::Machine;
 use super::devices::{DeviceId, Presence};
 use super::error::MachineError;
 use super::lifecycle::State;
+use super::limits::Budgets;
 use super::parts::{OpenDisk, OpenNic, Origin, Parts, SerialSetup};
 use super::save::{AtRest, DRAIN_PATIENCE};
 use crate::backend::HostFiles;
@@ -95,6 +96,7 @@ impl Remains {
             track_writes,
             disks,
             nics: nics.collect::<Result<_, _>>()?,
+            budgets: Budgets::default(),
             entropy: config.entropy,
             serial,
             transport: config.transport,

@@ -58,6 +58,7 @@ fn parts(guest: &[u8], cpus: u8) -> Parts {
         track_writes: false,
         disks: Vec::new(),
         nics: Vec::new(),
+        budgets: Default::default(),
         entropy: None,
         serial: SerialSetup(SerialOutput::Null),
         transport: Transport::Pci,

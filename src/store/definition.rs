@@ -7,7 +7,7 @@ use std::path::{Path, PathBuf};
 use serde::{Deserialize, Serialize};
 use thiserror::Error;
 
-use crate::config::{ConfigError, JailLevel, MemorySize, VmConfig};
+use crate::config::{ConfigError, JailLevel, MemorySize, Share, VmConfig};
 
 /// A definition. Newer releases read what older ones wrote.
 #[derive(Debug, Clone, PartialEq, Eq, Serialize, Deserialize)]
@@ -25,6 +25,8 @@ pub struct Definition {
     pub resizing: Option<String>,
     #[serde(default)]
     pub jail: JailLevel,
+    #[serde(default, skip_serializing_if = "Share::is_whole")]
+    pub share: Share,
     /// Its kernel is a path, or the name of an imported one.
     pub vm: VmConfig,
 }
@@ -58,6 +60,7 @@ impl Definition {
             disk_sizes: BTreeMap::new(),
             resizing: None,
             jail: JailLevel::default(),
+            share: Share::default(),
             vm,
         }
     }
@@ -100,7 +103,7 @@ impl Definition {
     /// Would a start now be of something else than what `running` was started with?
     #[must_use]
     pub fn differs_from(&self, running: &Self) -> bool {
-        self.vm != running.vm || self.jail != running.jail || !self.disk_sizes.is_empty()
+        self.vm != running.vm || self.jail != running.jail || self.share != running.share || !self.disk_sizes.is_empty()
     }
 
     /// The files that it names, but for an imported kernel.

@@ -7,7 +7,7 @@ use std::path::PathBuf;
 use tempfile::{TempDir, tempdir};
 
 use crate::mistake::{LIMIT, expect_mistake, is_root, run, run_kernel};
-use crate::nobody::Nobody;
+use crate::support::nobody::Nobody;
 use crate::support::{Running, guests};
 
 fn file(dir: &TempDir, bytes: &[u8]) -> PathBuf {

@@ -6,8 +6,8 @@ use rustix::process::Signal;
 use tempfile::tempdir;
 
 use crate::mistake::{LIMIT, expect_mistake, is_root, run};
-use crate::nobody::Nobody;
 use crate::support::Running;
+use crate::support::nobody::Nobody;
 
 #[test]
 fn what_is_no_disk() {

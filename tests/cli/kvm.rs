@@ -1,8 +1,8 @@
 //! Hosts without a KVM that can be used: exit codes 10 and 11.
 
 use crate::mistake::{LIMIT, after_script, expect_mistake, is_root, run};
-use crate::nobody::Nobody;
 use crate::support::Running;
+use crate::support::nobody::Nobody;
 
 #[test]
 fn no_kvm_at_all() {

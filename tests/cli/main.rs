@@ -13,8 +13,6 @@ mod io_uring;
 mod kernels;
 mod kvm;
 mod mistake;
-#[allow(dead_code, reason = "others need all of it")]
-mod nobody;
 mod package;
 mod serial;
 mod taps;

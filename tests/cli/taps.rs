@@ -3,7 +3,7 @@
 use std::process::Command;
 
 use crate::mistake::{LIMIT, expect_mistake, is_root, run};
-use crate::nobody::Nobody;
+use crate::support::nobody::Nobody;
 use crate::support::{Running, not_tested};
 
 /// A tap of this test's own; gone with it.

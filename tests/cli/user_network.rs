@@ -8,7 +8,7 @@ use std::time::Duration;
 use rustix::process::Signal;
 
 use crate::mistake::{LIMIT, expect_mistake, is_root, run};
-use crate::nobody::Nobody;
+use crate::support::nobody::Nobody;
 use crate::support::{Running, not_tested};
 
 fn has_passt() -> bool {

@@ -9,7 +9,7 @@ use std::time::Duration;
 
 use tempfile::TempDir;
 
-use crate::nobody::Nobody;
+use crate::support::nobody::Nobody;
 use crate::support::{Running, guests, not_tested, tranche};
 
 const LIMIT: Duration = Duration::from_secs(60);

@@ -3,7 +3,7 @@
 use std::process::Command;
 use std::time::Duration;
 
-use crate::nobody::Nobody;
+use crate::support::nobody::Nobody;
 use crate::support::{Running, guests, not_tested, tranche};
 
 const LIMIT: Duration = Duration::from_secs(60);
@@ -28,8 +28,10 @@ fn the_doctor_tells_each_layer() {
     let ended = Running::start(tranche().args(["doctor", "--jail", "--format", "json"])).wait(LIMIT).expect_code(0);
     let findings: Vec<serde_json::Value> = serde_json::from_str(&ended.output).unwrap();
     let names: Vec<_> = findings.iter().map(|finding| finding["what"].as_str().unwrap()).collect();
-    assert_eq!(names, ["namespaces", "empty root directory", "user", "limits", "Landlock", "seccomp"]);
-    assert!(findings.iter().all(|finding| finding["verdict"] == "ok"), "{}", ended.output);
+    assert_eq!(names, ["namespaces", "empty root directory", "user", "cgroup", "limits", "Landlock", "seccomp"]);
+    // Not every host gives groups away.
+    let ok = |finding: &serde_json::Value| finding["verdict"] == "ok" || finding["what"] == "cgroup";
+    assert!(findings.iter().all(ok), "{}", ended.output);
 }
 
 /// In a changed root directory, Linux makes no user namespaces.
@@ -45,4 +47,28 @@ fn where_there_are_no_user_namespaces_strict_refuses_and_compat_says_what_is_mis
     let ended = Running::start(&mut nobody.run_without_user_namespaces("compat")).wait(LIMIT).expect_code(0);
     assert!(ended.errors.contains("the jail is incomplete: no namespaces"), "{ended:?}");
     assert!(ended.output.contains("memory="), "{ended:?}");
+}
+
+#[test]
+fn limits_of_cpu_time_and_memory_are_never_left_out() {
+    for limit in ["--cpu-limit=0.5", "--cpu-weight=10", "--memory-limit=1G"] {
+        let ended = Running::start(run().args(["--jail", "off", limit])).wait(LIMIT).expect_code(15);
+        assert!(ended.errors.contains("take a jail") && ended.output.is_empty(), "{ended:?}");
+    }
+    if !rustix::process::geteuid().is_root() {
+        return not_tested("an ordinary user without a cgroup: only root can play one");
+    }
+    // To whom nobody gives a group.
+    let nobody = Nobody::new();
+    for level in ["strict", "compat"] {
+        let mut command = nobody.run(&[]);
+        command.args(["--jail", level, "--cpu-limit", "0.5"]);
+        let ended = Running::start(&mut command).wait(LIMIT).expect_code(15);
+        assert!(ended.errors.contains("cgroup") && ended.errors.contains("hint:"), "{ended:?}");
+        assert!(ended.output.is_empty(), "{ended:?}");
+    }
+    for limit in ["--io-limit=1M,ops=9", "--net-limit=ops=9"] {
+        let ended = Running::start(nobody.run(&[]).arg(limit)).wait(LIMIT).expect_code(0);
+        assert!(ended.output.contains("memory="), "{ended:?}");
+    }
 }

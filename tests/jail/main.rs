@@ -6,6 +6,3 @@ mod support;
 
 mod attempts;
 mod levels;
-#[allow(dead_code, reason = "not all of it is needed here")]
-#[path = "../cli/nobody.rs"]
-mod nobody;

@@ -29,7 +29,7 @@ pub struct Guest {
     pub dir: TempDir,
     pub command: Command,
     cmdline: String,
-    _turn: MutexGuard<'static, ()>,
+    _turn: Option<MutexGuard<'static, ()>>,
 }
 
 impl Guest {
@@ -49,7 +49,17 @@ impl Guest {
 
     /// A guest with nothing but a kernel: `--kernel`'s text.
     pub fn on_kernel(kernel: impl AsRef<OsStr>) -> Self {
-        let turn = turn();
+        Self::in_turn(Some(turn()), kernel)
+    }
+
+    /// One that runs beside others, in their turn.
+    pub fn beside(kernel: &str) -> Self {
+        let kernel = assets().join(kernel);
+        let root = format!("{},ro", assets().join("rootfs.ext4").display());
+        Self::in_turn(None, kernel.join("vmlinuz")).arg("--initrd", kernel.join("initrd")).arg("--rootfs", root)
+    }
+
+    fn in_turn(turn: Option<MutexGuard<'static, ()>>, kernel: impl AsRef<OsStr>) -> Self {
         let mut command = tranche();
         command.arg("run").arg("--kernel").arg(kernel.as_ref());
         Self { dir: TempDir::new().unwrap(), command, cmdline: "quiet".into(), _turn: turn }

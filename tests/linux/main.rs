@@ -21,6 +21,7 @@ mod pause;
 mod qcow2;
 mod queues;
 mod shape;
+mod shares;
 mod small_kernel;
 mod snapshots;
 mod user_network;

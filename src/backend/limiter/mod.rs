@@ -12,7 +12,7 @@ use std::time::{Duration, Instant};
 use vmm_sys_util::eventfd::EventFd;
 
 use self::bucket::Bucket;
-use crate::config::RateLimits;
+use crate::config::{RateLimits, TokenBucket};
 use crate::observe::Traffic;
 
 /// A request cannot pass before so much time is over.
@@ -32,19 +32,46 @@ pub struct Limiter {
 
 #[derive(Debug)]
 struct State {
-    bandwidth: Option<Bucket>,
-    operations: Option<Bucket>,
+    buckets: Buckets,
+    /// What passes has to pass there too.
+    budget: Option<Arc<Budget>>,
     /// Of the threads that may wait.
     bells: Vec<Arc<EventFd>>,
-    /// When the buckets' time began.
+}
+
+/// What several limiters together let pass at most.
+///
+/// Threads that ask at the same moment may all pass, each with one request: that is a debt as of any request.
+#[derive(Debug)]
+pub struct Budget(Mutex<Buckets>);
+
+#[derive(Debug)]
+struct Buckets {
+    bandwidth: Option<Bucket>,
+    operations: Option<Bucket>,
+    /// When their time began.
     start: Instant,
 }
 
 impl Default for Limiter {
     /// Without limits.
     fn default() -> Self {
-        let state = State { bandwidth: None, operations: None, bells: Vec::new(), start: Instant::now() };
+        let buckets = Buckets { bandwidth: None, operations: None, start: Instant::now() };
+        let state = State { buckets, budget: None, bells: Vec::new() };
         Self { limited: AtomicBool::new(false), traffic: Traffic::default(), state: Mutex::new(state) }
+    }
+}
+
+impl Budget {
+    #[must_use]
+    pub fn new(limits: RateLimits) -> Self {
+        let bucket = |config: Option<TokenBucket>| config.and_then(|config| Bucket::new(config, 0));
+        let (bandwidth, operations) = (bucket(limits.bandwidth), bucket(limits.operations));
+        Self(Mutex::new(Buckets { bandwidth, operations, start: Instant::now() }))
+    }
+
+    fn lock(&self) -> MutexGuard<'_, Buckets> {
+        self.0.lock().unwrap_or_else(PoisonError::into_inner)
     }
 }
 
@@ -60,23 +87,37 @@ impl Limiter {
     /// counts at once, also for what waits.
     pub fn update(&self, limits: RateLimits) {
         let mut state = self.lock();
-        let now = state.now();
+        let buckets = &mut state.buckets;
+        let now = buckets.now();
         if let Some(bandwidth) = limits.bandwidth {
-            state.bandwidth = Bucket::new(bandwidth, now);
+            buckets.bandwidth = Bucket::new(bandwidth, now);
         }
         if let Some(operations) = limits.operations {
-            state.operations = Bucket::new(operations, now);
+            buckets.operations = Bucket::new(operations, now);
         }
-        self.limited.store(state.bandwidth.is_some() || state.operations.is_some(), Ordering::Relaxed);
+        self.heed(&state);
+    }
+
+    /// Has what passes here pass there too: a limit of several devices together.
+    pub fn spend_from(&self, budget: Arc<Budget>) {
+        let mut state = self.lock();
+        state.budget = Some(budget);
+        self.heed(&state);
+    }
+
+    fn heed(&self, state: &State) {
+        let Buckets { bandwidth, operations, .. } = &state.buckets;
+        let limited = bandwidth.is_some() || operations.is_some() || state.budget.is_some();
+        self.limited.store(limited, Ordering::Relaxed);
         state.ring();
     }
 
-    /// The limits that there are.
+    /// The limits that there are of its own.
     #[must_use]
     pub fn limits(&self) -> RateLimits {
-        let state = self.lock();
+        let Buckets { bandwidth, operations, .. } = &self.lock().buckets;
         let config = |bucket: &Option<Bucket>| bucket.as_ref().map(Bucket::config);
-        RateLimits { bandwidth: config(&state.bandwidth), operations: config(&state.operations) }
+        RateLimits { bandwidth: config(bandwidth), operations: config(operations) }
     }
 
     /// Lets a request with so many bytes of data pass.
@@ -131,12 +172,34 @@ impl Limiter {
     #[cfg(test)]
     pub fn skip(&self, time: Duration) {
         let mut state = self.lock();
-        state.start -= time;
+        state.buckets.start -= time;
         state.ring();
     }
 }
 
 impl State {
+    fn check(&mut self, data: bool) -> Result<(), Wait> {
+        let budget = self.budget.as_ref().and_then(|budget| budget.lock().check(data).err());
+        let waits = self.buckets.check(data).err().into_iter().chain(budget);
+        waits.max_by_key(|wait| wait.0).map_or(Ok(()), Err)
+    }
+
+    fn charge(&mut self, bytes: u64) {
+        self.buckets.charge(bytes);
+        if let Some(budget) = &self.budget {
+            budget.lock().charge(bytes);
+        }
+    }
+
+    fn ring(&self) {
+        for bell in &self.bells {
+            // It fails only when it has been rung far too often already.
+            let _ = bell.write(1);
+        }
+    }
+}
+
+impl Buckets {
     fn now(&self) -> u64 {
         self.start.elapsed().as_millis().try_into().unwrap_or(u64::MAX)
     }
@@ -157,19 +220,11 @@ impl State {
             operations.charge(1);
         }
     }
-
-    fn ring(&self) {
-        for bell in &self.bells {
-            // It fails only when it has been rung far too often already.
-            let _ = bell.write(1);
-        }
-    }
 }
 
 #[cfg(test)]
 mod tests {
     use super::*;
-    use crate::config::TokenBucket;
 
     const DAY: u64 = 24 * 3600 * 1000;
 
@@ -260,6 +315,26 @@ mod tests {
         assert!(limiter.check().is_err());
         limiter.skip(day());
         assert_eq!(limiter.check(), Ok(()));
+    }
+
+    #[test]
+    fn a_budget_is_spent_by_all_who_share_it() {
+        let budget = Arc::new(Budget::new(RateLimits { bandwidth: per_day(100), operations: None }));
+        let [one, other] = [(); 2].map(|()| {
+            let limiter = Limiter::default();
+            limiter.spend_from(budget.clone());
+            limiter
+        });
+        one.update(RateLimits { bandwidth: None, operations: per_day(3) });
+        assert_eq!(passing(&one, 10), 3, "its own limit");
+        assert_eq!(passing(&other, 10), 7, "what is left");
+        assert!(one.check().is_err() && other.take(0).is_ok());
+        assert_eq!(one.limits(), RateLimits { bandwidth: None, operations: per_day(3) });
+        // It holds when their own limits go.
+        one.update(RateLimits { bandwidth: None, operations: NO_LIMIT });
+        assert_eq!(passing(&one, 10), 0);
+        budget.lock().start -= day() * 100;
+        assert_eq!(passing(&one, 10) + passing(&other, 10), 10);
     }
 
     #[test]

@@ -63,7 +63,8 @@ pub fn run(args: CreateArgs) -> ExitCode {
 pub fn create(store: &Store, name: &str, new: NewVm) -> Result<Vm, Failure> {
     let mut definition = new.vm.into_definition()?;
     definition.ready = new.named.ready.or(definition.ready);
-    definition.jail = new.jail.level;
+    let jail = new.jail.or(&definition);
+    (definition.jail, definition.share) = (jail.level(), jail.share);
     find_kernel(&mut definition)?;
     definition.settle(Path::new("")).map_err(Failure::host("tell the current directory"))?;
     definition.vm.validate().map_err(|error| StartError::from(MachineError::from(error)))?;

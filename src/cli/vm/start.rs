@@ -19,7 +19,8 @@ use super::failure::{Failure, conclude};
 use super::hub::{Hub, QuietHub};
 use crate::cli::exit::{self, Exit};
 use crate::cli::jailed::{self, Outcome, Outside};
-use crate::cli::run::{Boot, LogLevel, resources};
+use crate::cli::run::{Boot, JailArgs, LogLevel, resources};
+use crate::cli::scope;
 use crate::cli::start_error::StartError;
 use crate::cli::vm_args::resolve_kernel;
 use crate::control::{Identity, Keeper};
@@ -117,6 +118,7 @@ fn begin(args: &StartArgs) -> Result<Begun, StartError> {
         let _ = rustix::process::setsid();
     }
     let vm = Store::of_user()?.find(&args.name)?;
+    scope::enter(&vm.definition()?.share);
     let (running, definition) = vm.run()?;
     Ok((vm, running, definition))
 }
@@ -140,12 +142,12 @@ fn serve(
         }
         vm.define(&change, &definition)?;
     }
-    let (mut config, level) = (definition.vm, definition.jail);
+    let (mut config, jail) = (definition.vm, JailArgs { level: Some(definition.jail), share: definition.share });
     resolve_kernel(&mut config)?;
     let (quiet, mut ends) =
         QuietHub::open(&vm.console_log(), &vm.console_socket()).map_err(failed("make the console"))?;
     config.serial = ends.output();
-    let mut outside = Outside::new(level, Some(&vm.api_socket()), &config.serial)?;
+    let mut outside = Outside::new(&jail, Some(&vm.api_socket()), &config.serial)?;
     let log = args.detached.then(|| open_log(vm));
     outside.duties.keeper = Some(keeper(vm.clone()));
     let theirs = log.as_ref().and_then(|log| log.try_clone().ok());

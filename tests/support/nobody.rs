@@ -7,7 +7,7 @@ use std::process::Command;
 
 use tempfile::TempDir;
 
-use crate::support::guests;
+use super::guests;
 
 /// Mounts a place for device nodes where only this process and its children see it.
 const PLACE: &str = "mount -t tmpfs -o mode=755 none /mnt";
