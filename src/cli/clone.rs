@@ -90,8 +90,8 @@ enum Failure {
     /// It has been told.
     Told(Exit),
     Host(&'static str, PathBuf, io::Error),
-    /// One has ended before it went on, and has said why in its log.
-    Clone(u32, ExitStatus, PathBuf),
+    /// One has ended before it went on, and has said why.
+    Clone(u32, ExitStatus, String),
 }
 
 pub fn run(args: &CloneArgs) -> ExitCode {
@@ -102,8 +102,7 @@ pub fn run(args: &CloneArgs) -> ExitCode {
             exit::say(&format!("tranche: error: cannot {what} {}\n  cause: {source}\n", path.display()));
             ExitCode::from(Exit::ApiSocket as u8)
         }
-        Err(Failure::Clone(number, status, log)) => {
-            let text = fs::read_to_string(&log).unwrap_or_default();
+        Err(Failure::Clone(number, status, text)) => {
             exit::say(&format!("tranche: error: clone {number} does not start, so none does\n{text}"));
             ExitCode::from(code_of(status))
         }
@@ -138,7 +137,9 @@ fn run_to_end(args: &CloneArgs) -> Result<u8, Failure> {
     for clone in &mut clones.0 {
         let socket = run_dir.file(clone.number, "sock");
         if let Some(status) = clone.wait_until_it_goes_on(&socket) {
-            return Err(Failure::Clone(clone.number, status, run_dir.file(clone.number, "log")));
+            // Before it goes with its directory.
+            let text = fs::read_to_string(run_dir.file(clone.number, "log")).unwrap_or_default();
+            return Err(Failure::Clone(clone.number, status, text));
         }
         exit::print(&format!("{} {} {}\n", clone.number, clone.child.id(), socket.display()));
     }

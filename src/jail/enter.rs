@@ -6,7 +6,9 @@
 //!     maps one user of the namespace to an ordinary one of the host, says so ──▶ is that user
 //!                                                                               an empty, read-only root directory
 //!                                                                               resource limits
-//!                                                                               no capabilities, no new privileges
+//!                                                                               no capabilities
+//!                                                                               its profile of AppArmor and TOMOYO
+//!                                                                               no new privileges
 //!                                                                               not to be looked into (not dumpable)
 //!                                                                               Landlock: no files, no ports, no signals
 //!     policy ◀── freezes ────────────────────────────────────────────────────── seccomp, before the guest runs
@@ -32,6 +34,7 @@ use rustix::process::{
 use rustix::thread::{CapabilitySet, CapabilitySets, set_capabilities, set_no_new_privs};
 use thiserror::Error;
 
+use super::lsm::Profiles;
 use super::{Cgroup, CgroupError, Layer, wire};
 use crate::config::JailLevel as Level;
 use crate::memory;
@@ -238,6 +241,7 @@ fn enter(level: Level, namespaces: u64, is_root: bool, parent: u32, socket: &Own
     forget_environment();
     // The last that is opened by a path.
     memory::pagemap().map_err(step("open /proc/self/pagemap"))?;
+    let profiles = Profiles::find();
     super::seccomp::tell_of_violations(socket).map_err(step("hear of forbidden system calls"))?;
     let in_user_namespace = namespaces & libc::CLONE_NEWUSER as u64 != 0;
     // There, nobody may be what he was not.
@@ -256,6 +260,7 @@ fn enter(level: Level, namespaces: u64, is_root: bool, parent: u32, socket: &Own
         become_nobody(NOBODY)?;
     }
     drop_capabilities()?;
+    profiles.enter().map_err(step("go over to the AppArmor profile of a VMM, below its program's"))?;
     set_no_new_privs(true).map_err(step("keep it from new privileges"))?;
     set_dumpable_behavior(DumpableBehavior::NotDumpable).map_err(step("keep it from being looked into"))?;
     set_parent_process_death_signal(Some(Signal::KILL)).map_err(step("have it end with its parent"))?;
@@ -363,10 +368,12 @@ fn become_nobody(id: u32) -> Result<(), Failed> {
 fn drop_capabilities() -> Result<(), Failed> {
     rustix::thread::clear_ambient_capability_set().map_err(step("clear its ambient capabilities"))?;
     for number in 0..64 {
-        // It ends with the first that the kernel does not know; and without the right to, there is nothing to gain.
         let Some(capability) = CapabilitySet::from_bits(1u64 << number) else { continue };
-        if rustix::thread::remove_capability_from_bounding_set(capability).is_err() {
-            break;
+        match rustix::thread::remove_capability_from_bounding_set(capability) {
+            Ok(()) => {}
+            // The first that the kernel does not know; or, without a user namespace, the right to is not there.
+            Err(Errno::INVAL | Errno::PERM) => break,
+            Err(error) => return Err(step("bound its capabilities")(error)),
         }
     }
     let none = CapabilitySet::empty();

@@ -13,6 +13,7 @@ mod attacker;
 mod cgroup;
 pub mod chroot;
 mod enter;
+mod lsm;
 mod parent;
 mod policy;
 mod seccomp;

@@ -20,6 +20,8 @@ pub struct Seen {
     /// Of its permitted and its bounding set, in hexadecimal.
     pub capabilities: Option<String>,
     pub no_new_privileges: bool,
+    /// What the host's security module has it for: AppArmor's profile, SELinux's context, Smack's label.
+    pub label: Option<String>,
     /// May others of the same user look into its memory?
     pub dumpable: bool,
     /// The one that is its own, and what it may take; none if it is in somebody else's.
@@ -59,6 +61,9 @@ pub fn look_at(pid: u32) -> Option<Seen> {
         capabilities: value("CapPrm")
             .zip(value("CapBnd"))
             .map(|(permitted, bounding)| format!("{permitted} {bounding}")),
+        label: read(format!("/proc/{pid}/attr/current"))
+            .map(|label| label.trim_end_matches(['\n', '\0']).to_owned())
+            .filter(|label| !label.is_empty()),
         no_new_privileges: value("NoNewPrivs") == Some("1"),
         // Else its files in /proc belong to root.
         dumpable: fs::metadata(format!("/proc/{pid}/status")).ok().map(|of| of.uid()) == user,

@@ -18,6 +18,7 @@ mod mmio;
 mod named;
 mod net;
 mod pause;
+mod profiles;
 mod qcow2;
 mod queues;
 mod shape;
