@@ -48,7 +48,7 @@ soak: release setup guest ## run guests for long
 manual: ## write man pages and shell completions to target/manual
 	$(CARGO) run --quiet --example manual target/manual
 
-install: release manual ## install program, man pages, completions and systemd units below $(DESTDIR)$(PREFIX)
+install: release manual ## install program, man pages, completions, systemd units and profiles below $(DESTDIR)$(PREFIX)
 	install -D -m 755 $(RELEASE) $(DESTDIR)$(PREFIX)/bin/tranche
 	install -D -m 644 -t $(DESTDIR)$(PREFIX)/share/man/man1 target/manual/man1/*.1
 	install -D -m 644 -t $(DESTDIR)$(PREFIX)/share/bash-completion/completions target/manual/bash/tranche
@@ -57,6 +57,8 @@ install: release manual ## install program, man pages, completions and systemd u
 	sed 's|/usr/bin/|$(PREFIX)/bin/|' resources/systemd/tranche@.service > target/manual/tranche@.service
 	install -D -m 644 -t $(DESTDIR)$(PREFIX)/lib/systemd/system target/manual/tranche@.service
 	install -D -m 644 -t $(DESTDIR)$(PREFIX)/lib/systemd/user target/manual/tranche@.service
+	install -D -m 644 -t $(DESTDIR)$(PREFIX)/share/tranche/apparmor resources/apparmor/tranche
+	install -D -m 644 -t $(DESTDIR)$(PREFIX)/share/tranche/tomoyo resources/tomoyo/*.conf
 
 deb: release manual ## make a Debian package in target/debian (with cargo-deb)
 	@command -v cargo-deb > /dev/null || { echo "cargo-deb is not installed: cargo install cargo-deb" >&2; exit 1; }

@@ -263,15 +263,21 @@ impl Supervisor {
                 }
             }
             if let Some(front) = &mut self.front {
-                let (policy, mut more) = (&mut self.parent.policy, 0);
+                let (policy, mut more, mut disks) = (&mut self.parent.policy, 0, Vec::new());
                 front.relay.go_on(&ready[2..], &mut |call| {
                     call.named().into_iter().for_each(|rights| policy.name(rights));
-                    if let Call::Resize(request) = call {
-                        more = u64::saturating_add(more, request.memory_bytes.unwrap_or(0));
+                    match call {
+                        Call::Resize(request) => more = u64::saturating_add(more, request.memory_bytes.unwrap_or(0)),
+                        Call::PatchDrive(patch) => disks.extend(patch.path_on_host.clone()),
+                        _ => {}
                     }
                 });
                 // It is for the life after the next reset.
                 let _ = self.parent.allow_memory(more);
+                // Its file may be another one now, or a larger one.
+                for disk in disks {
+                    let _ = self.parent.allow_disk(&disk);
+                }
             }
             if ready[0].is_empty() {
                 continue;

@@ -10,6 +10,7 @@ use serde_json::{Map, Value};
 
 use super::latencies::{GROUP, Latencies};
 use crate::machine::{DeviceId, Meters};
+use crate::memory::MemoryUsage;
 use crate::observe::{Exits, Traffic};
 
 /// What the API has counted, by Firecracker's group and name.
@@ -235,7 +236,7 @@ fn json(now: &Sample, before: &Sample, time: SystemTime) -> String {
 }
 
 /// All counts as Prometheus reads them (text format 0.0.4): a device is a label.
-pub fn prometheus(sample: &Sample) -> String {
+pub fn prometheus(sample: &Sample, memory: Option<MemoryUsage>) -> String {
     let mut text = String::new();
     let mut described: Vec<String> = Vec::new();
     let mut rows: Vec<_> = sample
@@ -261,6 +262,11 @@ pub fn prometheus(sample: &Sample) -> String {
             described.push(name.clone());
         }
         let _ = writeln!(text, "{name}{label} {count}");
+    }
+    if let Some(MemoryUsage { guest, shared, overhead }) = memory {
+        for (what, bytes) in [("guest", guest), ("shared", shared), ("overhead", overhead)] {
+            let _ = writeln!(text, "# TYPE tranche_memory_{what}_bytes gauge\ntranche_memory_{what}_bytes {bytes}");
+        }
     }
     text
 }
@@ -301,8 +307,13 @@ mod tests {
 
     #[test]
     fn prometheus_finds_each_device_once() {
-        let text = prometheus(&counts());
+        let text = prometheus(&counts(), Some(MemoryUsage { guest: 7, ..MemoryUsage::default() }));
         assert!(text.contains("# TYPE tranche_block_read_bytes_total counter\n"), "{text}");
+        assert!(
+            text.ends_with("# TYPE tranche_memory_overhead_bytes gauge\ntranche_memory_overhead_bytes 0\n"),
+            "{text}"
+        );
+        assert!(text.contains("\ntranche_memory_guest_bytes 7\n"), "{text}");
         assert!(text.contains("tranche_block_read_bytes_total{id=\"root\"} 4000\n"), "{text}");
         assert_eq!(text.matches("tranche_block_read_bytes_total").count(), 2, "{text}");
     }

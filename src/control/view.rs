@@ -13,6 +13,7 @@ use super::resize::Size;
 use super::{Answer, Call, views};
 use crate::config::firecracker as fc;
 use crate::machine::{DeviceId, Meters, Presence};
+use crate::memory;
 
 /// What an owner can be busy with for long.
 #[derive(Debug, Clone, Copy, PartialEq, Eq)]
@@ -59,7 +60,7 @@ impl Shown {
             Call::GetDescription => views::description(&self.description),
             Call::GetMachineConfig => views::json(&self.description.machine_config.unwrap_or_default()),
             Call::GetVm => views::vm(self),
-            Call::GetMetrics => Answer::Text(metrics::prometheus(&self.sample())),
+            Call::GetMetrics => Answer::Text(metrics::prometheus(&self.sample(), memory::usage().ok())),
             _ => return None,
         })
     }

@@ -12,8 +12,12 @@ use std::os::fd::{AsFd, BorrowedFd, OwnedFd};
 use std::sync::atomic::{AtomicBool, Ordering};
 use std::time::Duration;
 
+use io_uring::types::Fd;
+use io_uring::{IoUring, opcode};
+
 use super::wire::{self, Ask, Given};
 use crate::backend::HostFile;
+use crate::backend::disk::uring::kept_ring;
 use crate::threads::Kind;
 
 /// What a test waits for.
@@ -38,6 +42,11 @@ pub fn attack(kind: Kind, parent: i32) {
     }
     while !GUEST_IS_ABOUT_TO_RUN.load(Ordering::Relaxed) {
         std::thread::sleep(Duration::from_millis(1));
+    }
+    // One of them will do.
+    static HAS_BEGUN: AtomicBool = AtomicBool::new(false);
+    while HAS_BEGUN.swap(true, Ordering::Relaxed) {
+        std::thread::park();
     }
     let told = match try_it(attempt, parent) {
         Ok(()) => "done".to_owned(),
@@ -114,6 +123,18 @@ fn ask_for(parent: i32, file: HostFile) -> io::Result<()> {
     ask(parent, &Ask::Open(file), &[]).map(drop)
 }
 
+/// Has a ring of the VMM's, or one of our own, do something.
+fn through_ring(entry: &io_uring::squeue::Entry) -> io::Result<()> {
+    let mut ring = kept_ring().map_or_else(|| IoUring::new(1), Ok)?;
+    // SAFETY: what it points to is there until the ring is gone.
+    unsafe { ring.submission().push(entry) }.map_err(io::Error::other)?;
+    ring.submit_and_wait(1)?;
+    match ring.completion().next().map(|entry| entry.result()) {
+        Some(error) if error < 0 => Err(io::Error::from_raw_os_error(-error)),
+        _ => Ok(()),
+    }
+}
+
 fn try_it(attempt: &str, parent: i32) -> io::Result<()> {
     let victim = victim();
     let process = victim.parse().unwrap_or(1usize);
@@ -175,6 +196,15 @@ fn try_it(attempt: &str, parent: i32) -> io::Result<()> {
             0 => unsafe { libc::_exit(0) },
             _ => Ok(()),
         },
+        "fork-bomb" => {
+            (0..5000).try_for_each(|_| match call(libc::SYS_clone, [libc::SIGCHLD as usize, 0, 0, 0, 0, 0])? {
+                // SAFETY: the child ends at once, and is there until somebody asks for it.
+                0 => unsafe { libc::_exit(0) },
+                _ => Ok(()),
+            })
+        }
+        // To its group, in which a process is also that it cannot see.
+        "signal-parent" => call(libc::SYS_kill, [0, libc::SIGUSR1 as usize, 0, 0, 0, 0]).map(drop),
         "fork-by-clone3" => {
             let mut arguments = [0u64; 11];
             arguments[4] = libc::SIGCHLD as u64;
@@ -186,6 +216,11 @@ fn try_it(attempt: &str, parent: i32) -> io::Result<()> {
             }
         }
         "fill-memory" => (0..64).try_for_each(|_| map(libc::PROT_READ | libc::PROT_WRITE, 1 << 30).map(drop)),
+        "fill-disk" => {
+            let grow = |fd: usize| call(libc::SYS_ftruncate, [fd, 1 << 40, 0, 0, 0, 0]);
+            let writable = |result: &io::Result<usize>| !matches!(result, Err(error) if matches!(error.raw_os_error(), Some(libc::EINVAL | libc::EBADF | libc::EPERM)));
+            (3..200).map(grow).find(writable).unwrap_or(Err(io::ErrorKind::NotFound.into())).map(drop)
+        }
         "raise-limit" => {
             let limit = [libc::RLIM_INFINITY, libc::RLIM_INFINITY];
             call(libc::SYS_prlimit64, [0, libc::RLIMIT_NPROC as usize, limit.as_ptr().addr(), 0, 0, 0]).map(drop)
@@ -198,6 +233,15 @@ fn try_it(attempt: &str, parent: i32) -> io::Result<()> {
         "make-ring" => {
             let parameters = [0u8; 120];
             call(libc::SYS_io_uring_setup, [1, parameters.as_ptr().addr(), 0, 0, 0, 0]).map(drop)
+        }
+        "ring-open" => {
+            let path = path("/etc/shadow");
+            through_ring(&opcode::OpenAt::new(Fd(libc::AT_FDCWD), path.as_ptr()).build())
+        }
+        "ring-connect" => {
+            // To some address, of what is open as descriptor 0: no matter which, it is not even looked at.
+            let address = [0u8; 16];
+            through_ring(&opcode::Connect::new(Fd(0), address.as_ptr().cast(), 16).build())
         }
         "bpf" => call(libc::SYS_bpf, none).map(drop),
         "perf" => {

@@ -237,10 +237,13 @@ fn enter(level: Level, namespaces: u64, is_root: bool, parent: u32, socket: &Own
         }
         taken => taken,
     };
+    // A session of its own: signals to the group that the program is in are not for it, nor from it.
+    rustix::process::setsid().map_err(step("begin a session"))?;
     close_inherited().map_err(step("close what it has inherited"))?;
     forget_environment();
     // The last that is opened by a path.
     memory::pagemap().map_err(step("open /proc/self/pagemap"))?;
+    memory::keep_mappings().map_err(step("open /proc/self/smaps"))?;
     let profiles = Profiles::find();
     super::seccomp::tell_of_violations(socket).map_err(step("hear of forbidden system calls"))?;
     let in_user_namespace = namespaces & libc::CLONE_NEWUSER as u64 != 0;
@@ -348,6 +351,11 @@ fn empty_root() -> Result<(), Failed> {
 }
 
 fn limit_resources(in_user_namespace: bool) -> Result<(), Failed> {
+    // Its parent limits how large its files become. Beyond that, a write is to fail.
+    // SAFETY: the signal gets no handler.
+    if unsafe { libc::signal(libc::SIGXFSZ, libc::SIG_IGN) } == libc::SIG_ERR {
+        return Err(step("ignore writes that are too large")(io::Error::last_os_error()));
+    }
     // A dump has the guest's memory, and nobody it could be written for. Elsewhere, all threads of the user would count.
     let threads = in_user_namespace.then_some((Resource::Nproc, THREADS));
     for (resource, most) in [(Resource::Core, 0), (Resource::Msgqueue, 0)].into_iter().chain(threads) {

@@ -3,10 +3,13 @@
 use std::fs::{self, File};
 use std::io;
 use std::os::fd::{AsFd, OwnedFd};
+use std::os::unix::fs::FileExt;
+use std::path::Path;
 use std::process::Child;
 use std::sync::Arc;
 
-use rustix::process::{Pid, Resource, Rlimit, prlimit};
+use rustix::fs::{Mode, OFlags};
+use rustix::process::{Pid, Resource, Rlimit, getrlimit, prlimit};
 
 use super::Cgroup;
 use super::policy::Policy;
@@ -21,12 +24,18 @@ use crate::memory;
 /// How much more memory a VMM may map once its guest runs, in bytes: threads, buffers, devices that are plugged in.
 const MORE_MEMORY: u64 = 256 << 20;
 
+/// How much larger a file may become than the largest of its disks and than its memory, in bytes: logs, a console's
+/// output, what a snapshot has besides.
+const MORE_FILE: u64 = 1 << 30;
+
 /// The parent's end.
 pub struct Parent {
     socket: OwnedFd,
     pid: i32,
     /// Bytes of address space that the VMM may have, once its guest runs.
     memory: Option<u64>,
+    /// Bytes of its largest disk.
+    largest_disk: u64,
     pub policy: Policy,
     /// What runs for the VM; ends with it.
     helpers: Vec<Child>,
@@ -63,7 +72,7 @@ pub enum News {
 impl Parent {
     #[must_use]
     pub fn new(socket: OwnedFd, pid: i32, policy: Policy, cgroup: Option<Cgroup>) -> Self {
-        Self { socket, pid, memory: None, policy, helpers: Vec::new(), kernels: None, cgroup }
+        Self { socket, pid, memory: None, largest_disk: 0, policy, helpers: Vec::new(), kernels: None, cgroup }
     }
 
     /// Has the host's kernel ended the VMM, as it took more memory than it may?
@@ -122,12 +131,48 @@ impl Parent {
     pub fn allow_memory(&mut self, bytes: u64) -> io::Result<()> {
         if let Some(memory) = &mut self.memory {
             *memory = memory.saturating_add(bytes);
-            // Only the lower limit, which the VMM cannot change: who is not root could not raise the other one again.
-            let limit = Rlimit { current: Some(*memory), maximum: None };
-            prlimit(Pid::from_raw(self.pid), Resource::As, limit)?;
-            self.cgroup.as_ref().map_or(Ok(()), |cgroup| cgroup.allow_memory(*memory))?;
+            let memory = *memory;
+            self.limit(Resource::As, memory)?;
+            self.cgroup.as_ref().map_or(Ok(()), |cgroup| cgroup.allow_memory(memory))?;
         }
         Ok(())
+    }
+
+    /// Lets the VMM's files become as large as this disk, which a client has named or changed.
+    ///
+    /// # Errors
+    /// The host's.
+    pub fn allow_disk(&mut self, path: &Path) -> io::Result<()> {
+        // Whatever it is: it may be a pipe that nobody writes to.
+        let flags = OFlags::RDONLY | OFlags::NONBLOCK | OFlags::CLOEXEC;
+        match rustix::fs::open(path, flags, Mode::empty()) {
+            Ok(file) => self.allow_file(&File::from(file)),
+            // The VMM will hear of it.
+            Err(_) => Ok(()),
+        }
+    }
+
+    fn allow_file(&mut self, disk: &File) -> io::Result<()> {
+        self.largest_disk = self.largest_disk.max(size_of_disk(disk)?);
+        self.limit_files()
+    }
+
+    /// Once the guest runs: a VMM cannot fill the host's disks by what it has open.
+    fn limit_files(&self) -> io::Result<()> {
+        let Some(memory) = self.memory else { return Ok(()) };
+        let largest = self.largest_disk.max(memory);
+        // Images have tables besides.
+        let limit = largest.saturating_add(largest / 64).saturating_add(MORE_FILE);
+        self.limit(Resource::Fsize, limit)
+    }
+
+    /// Limits something, within the limits that there are already. Only the lower one is set, which the VMM cannot change: who
+    /// is not root could not raise the other one again.
+    fn limit(&self, resource: Resource, limit: u64) -> io::Result<()> {
+        let Rlimit { current, maximum } = getrlimit(resource);
+        let current = current.map_or(limit, |current| current.min(limit));
+        let limit = Rlimit { current: Some(current), maximum };
+        Ok(prlimit(Pid::from_raw(self.pid), resource, limit).map(drop)?)
     }
 
     fn check(&mut self, right: Right) -> io::Result<()> {
@@ -145,10 +190,11 @@ impl Parent {
             Ask::Open(file) => {
                 self.check(Right::Open(file.clone()))?;
                 let opened = host.open(&file)?;
-                if let (HostFile::Disk { path, .. }, Some(cgroup)) = (&file, &self.cgroup)
-                    && let Err(error) = cgroup.limit_disk(&opened)
-                {
-                    tracing::warn!("the limit of disks does not hold where {} is: {error}", path.display());
+                if let HostFile::Disk { path, .. } = &file {
+                    self.allow_file(&opened)?;
+                    if let Some(Err(error)) = self.cgroup.as_ref().map(|cgroup| cgroup.limit_disk(&opened)) {
+                        tracing::warn!("the limit of disks does not hold where {} is: {error}", path.display());
+                    }
                 }
                 done(opened.into())
             }
@@ -225,6 +271,7 @@ impl Parent {
             Ask::Freeze => {
                 self.policy.freeze();
                 self.limit_memory()?;
+                self.limit_files()?;
                 Ok((Given::Done, Vec::new()))
             }
             Ask::Started | Ask::KeepSize { .. } | Ask::Ended { .. } => Ok((Given::Nothing, Vec::new())),
@@ -255,6 +302,20 @@ impl Drop for Parent {
             let _ = helper.wait();
         }
     }
+}
+
+/// How large a disk is, or may become.
+fn size_of_disk(file: &File) -> io::Result<u64> {
+    let meta = file.metadata()?;
+    if !meta.is_file() {
+        // One whose size is not that of a file.
+        return Ok(0);
+    }
+    // Of a qcow2 image, what its header says: a magic number, a version, three numbers of 4 and 8 bytes, the size.
+    let mut header = [0; 32];
+    let is_image = file.read_exact_at(&mut header, 0).is_ok() && header.starts_with(b"QFI\xfb");
+    let size = if is_image { u64::from_be_bytes(header[24..].try_into().unwrap_or_default()) } else { 0 };
+    Ok(meta.len().max(size))
 }
 
 fn kernel(found: Option<(File, u64)>) -> (Given, Vec<OwnedFd>) {

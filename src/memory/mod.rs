@@ -6,6 +6,7 @@ mod iobuf;
 pub mod policy;
 pub mod saved;
 mod startup;
+mod usage;
 pub mod userfault;
 pub mod written;
 
@@ -22,6 +23,7 @@ pub use dirty::DirtyBitmap;
 pub use huge::huge_pages;
 pub use iobuf::{IoBuf, IoBufError};
 pub use startup::{release_startup_code, share_one_heap};
+pub use usage::{MemoryUsage, keep_mappings, usage};
 
 /// The regions of guest RAM, in ascending order. Every host write through it marks the page dirty.
 pub type RamRegions = GuestMemoryMmap<DirtyBitmap>;

@@ -46,6 +46,12 @@ pub fn make_last_rings(spare: usize) {
     *kept() = Some(rings.collect());
 }
 
+/// A ring as a VMM has it that has been taken over.
+#[cfg(debug_assertions)]
+pub fn kept_ring() -> Option<IoUring> {
+    kept().as_mut().and_then(Vec::pop)
+}
+
 /// What to do with a transfer's buffers.
 #[derive(Debug, Clone, Copy, PartialEq, Eq)]
 pub enum Operation {

@@ -16,7 +16,7 @@ use super::lifecycle::{ask_text, seconds};
 use crate::cli::exit;
 use crate::cli::table::{Format, Table};
 use crate::cli::terminal::RawTerminal;
-use crate::config::{MIN_MEMORY, MemorySize};
+use crate::config::MemorySize;
 use crate::store::{Store, StoreError, Vm};
 
 /// Show what named VMs take of the host
@@ -171,48 +171,11 @@ fn sample(vm: &Vm) -> Option<Sample> {
             sample.stolen += times.next().unwrap_or_default();
         }
     }
-    memory(&mut sample, &fs::read_to_string(format!("/proc/{pid}/smaps")).unwrap_or_default());
     sample.guest = vm.running_definition().map_or(0, |definition| definition.vm.memory.0);
     sample.counts = counts(&ask_text(vm, "/v2/metrics").unwrap_or_default());
+    let memory = |what| sample.counts.get(&format!("tranche_memory_{what}_bytes")).copied().unwrap_or(0);
+    (sample.resident, sample.shared, sample.overhead) = (memory("guest"), memory("shared"), memory("overhead"));
     Some(sample)
-}
-
-/// One of a process's mappings, as `/proc/PID/smaps` has it.
-struct Mapping {
-    start: u64,
-    end: u64,
-    resident: u64,
-}
-
-/// Takes in a process's mappings: those as large as a guest's memory may be are that, with what lies right before them, as
-/// the first pages of a guest's memory are the host's in another way. The others are the process's own.
-fn memory(sample: &mut Sample, smaps: &str) {
-    let mut mappings: Vec<Mapping> = Vec::new();
-    for line in smaps.lines() {
-        let word = line.split(' ').next().unwrap_or_default();
-        if let Some((start, end)) = word.split_once('-')
-            && let (Ok(start), Ok(end)) = (u64::from_str_radix(start, 16), u64::from_str_radix(end, 16))
-        {
-            mappings.push(Mapping { start, end, resident: 0 });
-        } else if let (Some((name, value)), Some(mapping)) = (line.split_once(':'), mappings.last_mut()) {
-            let kib: u64 = value.trim().strip_suffix(" kB").and_then(|kib| kib.parse().ok()).unwrap_or(0);
-            match name {
-                "Rss" => mapping.resident = kib << 10,
-                "Shared_Clean" | "Shared_Dirty" => sample.shared += kib << 10,
-                _ => {}
-            }
-        }
-    }
-    let mut next: Option<u64> = None;
-    for mapping in mappings.iter().rev() {
-        let is_large = mapping.end.saturating_sub(mapping.start) >= MIN_MEMORY / 2;
-        if is_large || next == Some(mapping.end) {
-            sample.resident += mapping.resident;
-        } else {
-            sample.overhead += mapping.resident;
-        }
-        next = is_large.then_some(mapping.start);
-    }
 }
 
 /// Sums of Prometheus' counters over all devices, by name.
@@ -330,13 +293,7 @@ mod tests {
     }
 
     #[test]
-    fn memory_is_the_guests_or_the_process_s_own() {
-        let smaps = "5500-5600 r-xp 0 00:00 0\nSize: 1 kB\nRss: 300 kB\nShared_Dirty: 6 kB\n\
-                     7effffe00000-7f0000000000 rw-p 0 00:00 0\nRss: 200 kB\n\
-                     7f0000000000-7f0010000000 rw-p 0 00:00 0\nRss: 800 kB\nShared_Clean: 4 kB\nVmFlags: rd wr\n";
-        let mut sample = Sample::default();
-        memory(&mut sample, smaps);
-        assert_eq!((sample.resident, sample.overhead, sample.shared), (1000 << 10, 300 << 10, 10 << 10));
+    fn bytes_are_short() {
         assert_eq!([short(5), short(1536), short(3 << 30)], ["5", "1.5K", "3.0G"]);
     }
 }
