@@ -9,8 +9,8 @@ use seccompiler::{
     BpfProgram, SeccompAction, SeccompCmpArgLen, SeccompCmpOp, SeccompCondition, SeccompFilter, SeccompRule, TargetArch,
 };
 
-/// The kinds of threads, each with a policy.
-const KINDS: [&str; 4] = ["main", "vcpu", "api", "io"];
+/// The kinds of threads, each with a policy; of some another one for a VMM that opens files for itself.
+const KINDS: [&str; 6] = ["main", "vcpu", "api", "io", "open_main", "open_api"];
 
 const DIR: &str = "src/jail/policies";
 

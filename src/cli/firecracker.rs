@@ -18,15 +18,18 @@ use crate::backend::{HostFiles, OpenDirectly};
 use crate::config::firecracker::{Level, Logger, Metrics};
 use crate::config::{SerialConfig, Transport};
 use crate::control::{FIRECRACKER_VERSION, Fault, Identity, Owner, View};
+use crate::jail;
 use crate::machine::{End, MachineError};
-use crate::memory::share_one_heap;
+use crate::memory::{keep_mappings, share_one_heap};
 use crate::observe::{Timeline, init_firecracker_log};
 use crate::snapshot::{self, Snapshot};
+use crate::threads::{self, Kind};
 
 /// Exit codes that its users know.
 mod code {
     pub const OK: u8 = 0;
     pub const ERROR: u8 = 1;
+    pub const BAD_SYSCALL: i32 = 148;
     pub const BAD_CONFIGURATION: u8 = 152;
     pub const BAD_ARGUMENTS: u8 = 153;
     pub const HANGUP: u8 = 156;
@@ -201,7 +204,7 @@ fn describe(path: &Path) -> ExitCode {
     }
 }
 
-/// What has a meaning there and none here yet. Filters are not: without any, there is nothing to leave out.
+/// What has a meaning there and none here yet.
 fn missing(args: &FirecrackerArgs) -> Option<&'static str> {
     let options = [
         (args.metadata.is_some(), "--metadata"),
@@ -241,6 +244,13 @@ fn run(args: &FirecrackerArgs, timeline: &Arc<Timeline>) -> Result<Served, Failu
             .map_err(|fault| Failure::error(format!("Could not initialize metrics: {fault}")))?;
     }
     let mut signals = Signals::block().map_err(resources("listen to signals"))?;
+    if !args.no_seccomp {
+        jail::prepare_opener(code::BAD_SYSCALL).map_err(resources("filter system calls"))?;
+        // Whoever asks for metrics cannot have it opened.
+        let _ = keep_mappings();
+        threads::confine_with(jail::confine_opener);
+        owner.before_guest(Box::new(|| threads::confine(Kind::Main)));
+    }
     let api =
         if args.no_api { None } else { Some(listen(&args.api_sock, args.http_api_max_payload_size, owner.view())?) };
     fatal::exit_with_its_code().map_err(resources("listen to signals"))?;
@@ -281,10 +291,10 @@ mod fatal {
 
     use std::io;
 
-    use libc::{SIGBUS, SIGILL, SIGSEGV, SIGSYS, SIGXCPU, SIGXFSZ};
+    use libc::{SIGBUS, SIGILL, SIGSEGV, SIGXCPU, SIGXFSZ};
 
-    const CODES: [(libc::c_int, libc::c_int); 6] =
-        [(SIGSYS, 148), (SIGBUS, 149), (SIGSEGV, 150), (SIGXFSZ, 151), (SIGXCPU, 154), (SIGILL, 157)];
+    const CODES: [(libc::c_int, libc::c_int); 5] =
+        [(SIGBUS, 149), (SIGSEGV, 150), (SIGXFSZ, 151), (SIGXCPU, 154), (SIGILL, 157)];
 
     extern "C" fn end(signal: libc::c_int, _: *mut libc::siginfo_t, _: *mut libc::c_void) {
         let code = CODES.iter().find(|(known, _)| *known == signal).map_or(1, |(_, code)| *code);

@@ -30,7 +30,7 @@ pub use self::cgroup::{Cgroup, CgroupError, can_be_made as can_make_cgroup};
 pub use self::enter::{JailError, Missing, Side, examine, split};
 pub use self::parent::{News, Parent};
 pub use self::policy::Policy;
-pub use self::seccomp::confine as confine_thread;
+pub use self::seccomp::{confine as confine_thread, confine_opener, prepare_opener};
 pub use self::seen::{Seen, look_at};
 pub use self::tool::{ConfineError, confine_to_file, landlock_version};
 pub use self::wire::{Ask, Given};

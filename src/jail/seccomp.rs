@@ -8,6 +8,8 @@ use std::io;
 use std::os::fd::{AsRawFd, OwnedFd};
 use std::sync::atomic::{AtomicI32, Ordering};
 
+use rustix::thread::set_no_new_privs;
+use rustix::time::ClockId;
 use vmm_sys_util::signal::register_signal_handler;
 
 use crate::threads::{Kind, kind_of_this_thread};
@@ -21,11 +23,11 @@ mod programs {
 pub const VIOLATION: u8 = 0xff;
 pub const VIOLATION_BYTES: usize = 10;
 
-/// Where violations are told.
+/// The descriptor where violations are told; on standard error, for whoever reads that, if there is none.
 static TOLD: AtomicI32 = AtomicI32::new(-1);
 
 /// The exit code of a process that has done what it may not.
-pub const EXIT_CODE: libc::c_int = 8;
+static EXIT_CODE: AtomicI32 = AtomicI32::new(8);
 
 /// Has calls that are not allowed told to `parent`, which stays open.
 ///
@@ -33,6 +35,17 @@ pub const EXIT_CODE: libc::c_int = 8;
 /// The host's.
 pub fn tell_of_violations(parent: &OwnedFd) -> io::Result<()> {
     TOLD.store(parent.as_raw_fd(), Ordering::Relaxed);
+    Ok(register_signal_handler(libc::SIGSYS, trapped)?)
+}
+
+/// Gets a process without a parent ready for filters, before it has other threads: it has no new privileges any more, and
+/// violations are told on standard error, and end it with this code.
+///
+/// # Errors
+/// The host's.
+pub fn prepare_opener(code: libc::c_int) -> io::Result<()> {
+    set_no_new_privs(true)?;
+    EXIT_CODE.store(code, Ordering::Relaxed);
     Ok(register_signal_handler(libc::SIGSYS, trapped)?)
 }
 
@@ -47,10 +60,19 @@ extern "C" fn trapped(_: libc::c_int, info: *mut libc::siginfo_t, context: *mut 
     message[1..5].copy_from_slice(&number.to_ne_bytes());
     message[5..9].copy_from_slice(&(argument as u32).to_ne_bytes());
     message[9] = kind_of_this_thread() as u8;
-    // SAFETY: both calls are async-signal-safe, and the message is there for as long as they take.
+    let parent = TOLD.load(Ordering::Relaxed);
+    // SAFETY: both calls are async-signal-safe, and the messages are there for as long as they take.
     unsafe {
-        libc::write(TOLD.load(Ordering::Relaxed), message.as_ptr().cast(), message.len());
-        libc::_exit(EXIT_CODE);
+        if parent >= 0 {
+            libc::write(parent, message.as_ptr().cast(), message.len());
+        } else {
+            let mut text = *b"Shutting down VM after intercepting a bad syscall (   ).\n";
+            // No allocation is to be made here.
+            let digits = [number / 100, number / 10, number].map(|digit| b'0' + (digit % 10) as u8);
+            text[51..54].copy_from_slice(&digits);
+            libc::write(2, text.as_ptr().cast(), text.len());
+        }
+        libc::_exit(EXIT_CODE.load(Ordering::Relaxed));
     }
 }
 
@@ -81,12 +103,37 @@ pub fn read_violation(message: &[u8]) -> Option<(String, &'static str)> {
 /// # Errors
 /// The host's.
 pub fn confine(kind: Kind) -> io::Result<()> {
+    install_all(kind, of(kind))
+}
+
+/// The same in a process without a parent, which opens for itself what clients name.
+///
+/// # Errors
+/// The host's.
+pub fn confine_opener(kind: Kind) -> io::Result<()> {
     let programs = match kind {
+        Kind::Main => programs::OPEN_MAIN,
+        Kind::Api => programs::OPEN_API,
+        Kind::Vcpu | Kind::Io => of(kind),
+    };
+    install_all(kind, programs)
+}
+
+type Programs = &'static [&'static [[u8; 8]]];
+
+fn of(kind: Kind) -> Programs {
+    match kind {
         Kind::Main => programs::MAIN,
         Kind::Vcpu => programs::VCPU,
         Kind::Api => programs::API,
         Kind::Io => programs::IO,
-    };
+    }
+}
+
+#[cfg_attr(not(debug_assertions), expect(unused_variables, reason = "only an attacker wants to know the kind"))]
+fn install_all(kind: Kind, programs: Programs) -> io::Result<()> {
+    // rustix asks for the process's auxiliary vector once, when it is first to tell the time.
+    let _ = rustix::time::clock_gettime(ClockId::Monotonic);
     #[cfg(debug_assertions)]
     let programs = if super::attacker::goes_unfiltered() { &[] } else { programs };
     // The last ones refuse single calls with an error. The first one may not allow that others follow.

@@ -6,8 +6,8 @@ use std::sync::{Mutex, OnceLock, PoisonError};
 
 use crate::config::MIN_MEMORY;
 
-/// `/proc/self/smaps`. Who reads it goes through it from its beginning.
-static MAPPINGS: OnceLock<Mutex<File>> = OnceLock::new();
+/// `/proc/self/smaps`, if there is one. Who reads it goes through it from its beginning.
+static MAPPINGS: OnceLock<Option<Mutex<File>>> = OnceLock::new();
 
 /// Bytes of memory.
 #[derive(Debug, Clone, Copy, PartialEq, Eq, Default)]
@@ -20,16 +20,9 @@ pub struct MemoryUsage {
     pub overhead: u64,
 }
 
-/// Has it be open, for who cannot open files later on.
-///
-/// # Errors
-/// The host's.
-pub fn keep_mappings() -> io::Result<()> {
-    if MAPPINGS.get().is_none() {
-        let file = File::open("/proc/self/smaps")?;
-        let _ = MAPPINGS.set(Mutex::new(file));
-    }
-    Ok(())
+/// Has it be open, for who cannot open files later on: nobody tries again.
+pub fn keep_mappings() -> Option<&'static Mutex<File>> {
+    MAPPINGS.get_or_init(|| File::open("/proc/self/smaps").ok().map(Mutex::new)).as_ref()
 }
 
 /// What this process takes now. That takes the kernel a look at each page, some milliseconds per GiB of small ones.
@@ -37,8 +30,7 @@ pub fn keep_mappings() -> io::Result<()> {
 /// # Errors
 /// The host's.
 pub fn usage() -> io::Result<MemoryUsage> {
-    keep_mappings()?;
-    let mappings = MAPPINGS.get().ok_or(io::ErrorKind::NotFound)?;
+    let mappings = keep_mappings().ok_or(io::ErrorKind::NotFound)?;
     let mut mappings = mappings.lock().unwrap_or_else(PoisonError::into_inner);
     let mut text = String::new();
     mappings.rewind()?;

@@ -72,3 +72,31 @@ fn limits_of_cpu_time_and_memory_are_never_left_out() {
         assert!(ended.output.contains("memory="), "{ended:?}");
     }
 }
+
+/// Called firecracker, there is no parent, and files are opened; but no more than that.
+#[test]
+fn under_firecrackers_name_there_are_filters_unless_they_are_not_wanted() {
+    let dir = tempfile::tempdir().unwrap();
+    let program = dir.path().join("firecracker");
+    std::os::unix::fs::symlink(tranche().get_program(), &program).unwrap();
+    let config = dir.path().join("config.json");
+    let kernel = guests().join("hello");
+    let text = serde_json::json!({"boot-source": {"kernel_image_path": kernel, "boot_args": "end=off"}, "drives": []});
+    std::fs::write(&config, text.to_string()).unwrap();
+    let run = |attack: &str, more: &[&str]| {
+        let mut command = Command::new(&program);
+        command.args(["--no-api", "--config-file"]).arg(&config).args(more);
+        Running::start(command.env("TRANCHE_ATTACK", attack)).wait(LIMIT)
+    };
+    for kind in ["main", "vcpu"] {
+        for (attempt, number) in [("exec", "059"), ("ptrace", "101"), ("mount", "165"), ("map-code", "009")] {
+            let ended = run(&format!("{kind}:{attempt}"), &[]).expect_code(148);
+            let told = format!("Shutting down VM after intercepting a bad syscall ({number})");
+            assert!(ended.errors.contains(&told), "{kind}: {ended:?}");
+        }
+    }
+    let ended = run("vcpu:open-shadow", &[]).expect_code(148);
+    assert!(ended.errors.contains("bad syscall (257)"), "{ended:?}");
+    run("vcpu:exec", &["--no-seccomp"]).expect_code(0);
+    run("", &[]).expect_code(0);
+}
