@@ -1,5 +1,6 @@
 //! The host side of a device: disk files, taps, vhost, passt, rate limiters. Every host resource enters through [`HostFiles`].
 
+pub mod descriptors;
 pub mod disk;
 pub mod frames;
 pub mod host;

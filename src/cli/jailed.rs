@@ -331,8 +331,8 @@ impl Unnatural {
     fn report(self) -> Outcome {
         let (exit, reason, hint) = match self {
             Self::NotJailed(why) => {
-                let hint = "'tranche doctor --jail' shows what this host has, and '--jail compat' does with that";
-                (Exit::NoJail, format!("the VMM cannot be jailed: {why}"), Some(hint))
+                let error = JailError::Step(why);
+                (Exit::NoJail, format!("the VMM cannot be jailed: {error}"), error.hint())
             }
             Self::Violation { call, thread } => (
                 Exit::JailBroken,

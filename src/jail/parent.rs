@@ -329,3 +329,63 @@ fn regular(fd: OwnedFd) -> io::Result<File> {
     let kind = file.metadata()?.file_type();
     if kind.is_file() || kind.is_block_device() { Ok(file) } else { Err(io::ErrorKind::InvalidInput.into()) }
 }
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+    use proptest::prelude::*;
+    use rustix::net::{AddressFamily, SendFlags, SocketFlags, SocketType, socketpair};
+
+    use crate::backend::descriptors;
+
+    fn parent() -> (Parent, OwnedFd) {
+        let sockets = socketpair(AddressFamily::UNIX, SocketType::SEQPACKET, SocketFlags::CLOEXEC, None);
+        let (ours, theirs) = sockets.unwrap();
+        let mut parent = Parent::new(ours, std::process::id() as i32, Policy::default(), None);
+        parent.policy.freeze();
+        (parent, theirs)
+    }
+
+    #[test]
+    fn a_disk_is_as_large_as_its_guest_sees_it() {
+        let file = tempfile::tempfile().unwrap();
+        file.set_len(5000).unwrap();
+        assert_eq!(size_of_disk(&file).unwrap(), 5000);
+        file.write_all_at(b"QFI\xfb\0\0\0\x03", 0).unwrap();
+        file.write_all_at(&(1u64 << 40).to_be_bytes(), 24).unwrap();
+        assert_eq!(size_of_disk(&file).unwrap(), 1 << 40);
+        file.set_len(20).unwrap();
+        assert_eq!(size_of_disk(&file).unwrap(), 20);
+    }
+
+    proptest! {
+        /// Whatever a VMM says that has been taken over: it is answered, or hung up on.
+        #[test]
+        fn no_message_does_harm(bytes in proptest::collection::vec(any::<u8>(), 1..200), path: String, kind in 0..6) {
+            let (mut parent, vmm) = parent();
+            let text = format!(
+                "{}",
+                match kind {
+                    0 => serde_json::json!({"Open": {"BootFile": path}}),
+                    1 => serde_json::json!({"Open": {"Disk": {"path": path, "read_only": false}}}),
+                    2 => serde_json::json!({"OpenAgain": {"read_only": false}}),
+                    3 => serde_json::json!({"Connect": path}),
+                    4 => serde_json::json!({"JoinTap": {"name": path, "several": true}}),
+                    _ => serde_json::json!("FindKernelByFile"),
+                }
+            );
+            for message in [&bytes[..], text.as_bytes()] {
+                descriptors::send(&vmm, message, &[], SendFlags::empty()).unwrap();
+                match parent.serve() {
+                    News::Nothing => {
+                        let answer = wire::receive(&vmm).unwrap().unwrap();
+                        prop_assert!(answer.fds.is_empty(), "{answer:?}");
+                        prop_assert!(matches!(answer.parse::<Given>().unwrap(), Given::Failed(_)), "{answer:?}");
+                    }
+                    News::HungUp | News::NotJailed(_) | News::Violation { .. } => {}
+                    news => prop_assert!(false, "{news:?}"),
+                }
+            }
+        }
+    }
+}

@@ -1,25 +1,19 @@
 //! What goes between a VMM and the parent that holds the rights: one message asks, one answers, with descriptors.
 
-use std::io::{self, IoSlice, IoSliceMut};
-use std::mem::MaybeUninit;
+use std::io;
 use std::os::fd::{AsFd, BorrowedFd, OwnedFd};
 use std::path::PathBuf;
 
-use rustix::net::{
-    RecvAncillaryBuffer, RecvAncillaryMessage, RecvFlags, ReturnFlags, SendAncillaryBuffer, SendAncillaryMessage,
-    SendFlags, recv, recvmsg, sendmsg,
-};
+use rustix::net::{RecvFlags, SendFlags, recv};
 use serde::de::DeserializeOwned;
 use serde::{Deserialize, Serialize};
 
 use crate::backend::kernel_cache::Key;
-use crate::backend::{Deed, HostFile, PasstError, TapError, io_error};
+use crate::backend::{Deed, HostFile, PasstError, TapError, descriptors, io_error};
 use crate::config::UserNetwork;
 
 /// Most bytes of a message: a network with a thousand forwarded ports.
 pub const LONGEST: usize = 64 << 10;
-/// Most descriptors of a message.
-const MOST_FDS: usize = 2;
 
 /// What a VMM asks for.
 #[derive(Debug, Serialize, Deserialize)]
@@ -89,17 +83,7 @@ pub enum Given {
 /// When nobody listens any more.
 pub fn send(socket: impl AsFd, message: &impl Serialize, fds: &[BorrowedFd<'_>]) -> io::Result<()> {
     let text = serde_json::to_vec(message)?;
-    let mut space = [MaybeUninit::uninit(); rustix::cmsg_space!(ScmRights(MOST_FDS))];
-    let mut ancillary = SendAncillaryBuffer::new(&mut space);
-    if !fds.is_empty() && !ancillary.push(SendAncillaryMessage::ScmRights(fds)) {
-        return Err(io::ErrorKind::InvalidInput.into());
-    }
-    loop {
-        match sendmsg(&socket, &[IoSlice::new(&text)], &mut ancillary, SendFlags::NOSIGNAL) {
-            Err(rustix::io::Errno::INTR) => {}
-            sent => return Ok(sent.map(drop)?),
-        }
-    }
+    descriptors::send(socket, &text, fds, SendFlags::empty())
 }
 
 /// What came: bytes, and descriptors.
@@ -141,23 +125,7 @@ pub fn receive(socket: impl AsFd) -> io::Result<Option<Received>> {
         return Err(io::Error::other("a message that is too long"));
     }
     let mut bytes = vec![0; length];
-    let mut space = [MaybeUninit::uninit(); rustix::cmsg_space!(ScmRights(MOST_FDS))];
-    let mut ancillary = RecvAncillaryBuffer::new(&mut space);
-    let received = loop {
-        match recvmsg(&socket, &mut [IoSliceMut::new(&mut bytes)], &mut ancillary, RecvFlags::CMSG_CLOEXEC) {
-            Err(rustix::io::Errno::INTR) => {}
-            received => break received?,
-        }
-    };
-    let mut fds = Vec::new();
-    for message in ancillary.drain() {
-        if let RecvAncillaryMessage::ScmRights(rights) = message {
-            fds.extend(rights);
-        }
-    }
-    if received.flags.intersects(ReturnFlags::TRUNC | ReturnFlags::CTRUNC) {
-        return Err(io::Error::other("a message that is too long"));
-    }
-    bytes.truncate(received.bytes);
+    let (count, fds) = descriptors::receive(socket, &mut bytes, RecvFlags::empty())?;
+    bytes.truncate(count);
     Ok((!bytes.is_empty()).then_some(Received { bytes, fds }))
 }

@@ -3,22 +3,21 @@
 //! The handler listens on a unix socket. It gets one message: a JSON list of where the guest's memory lies in our address
 //! space and in the file of the snapshot, and the descriptor of a userfaultfd. From then on it serves our faults.
 
-use std::io::{self, IoSlice};
-use std::mem::MaybeUninit;
+use std::io;
 use std::os::fd::{AsFd, OwnedFd};
 use std::path::{Path, PathBuf};
 use std::sync::Arc;
 use std::time::Duration;
 
 use rustix::event::{EventfdFlags, PollFd, PollFlags, eventfd, poll};
-use rustix::net::{SendAncillaryBuffer, SendAncillaryMessage, SendFlags, sendmsg};
+use rustix::net::SendFlags;
 use serde::Serialize;
 use thiserror::Error;
 
 use super::events::EventQueue;
 use super::lifecycle::End;
 use crate::backend::host::Peer;
-use crate::backend::{HostFile, HostFiles};
+use crate::backend::{HostFile, HostFiles, descriptors};
 use crate::memory::RamRegions;
 use crate::memory::userfault::{Mapping, Userfault};
 use crate::threads::{self, Kind};
@@ -80,13 +79,9 @@ impl OpenPager {
         let mappings = self.userfault.register(ram).map_err(PagerError::Register)?;
         let told: Vec<Told> = mappings.into_iter().map(Told::from).collect();
         let text = serde_json::to_vec(&told).map_err(|error| PagerError::HandOver(error.into()))?;
-        let descriptors = [self.userfault.as_fd()];
-        let mut space = [MaybeUninit::uninit(); rustix::cmsg_space!(ScmRights(1))];
-        let mut message = SendAncillaryBuffer::new(&mut space);
-        message.push(SendAncillaryMessage::ScmRights(&descriptors));
         // It does not come in pieces: a stream's message of this size never does.
-        sendmsg(&self.handler.socket, &[IoSlice::new(&text)], &mut message, SendFlags::NOSIGNAL)
-            .map_err(|error| PagerError::HandOver(error.into()))?;
+        descriptors::send(&self.handler.socket, &text, &[self.userfault.as_fd()], SendFlags::empty())
+            .map_err(PagerError::HandOver)?;
         Pager::watch(self, events.clone()).map_err(PagerError::HandOver)
     }
 }

@@ -8,8 +8,7 @@ mod reply;
 #[cfg(test)]
 mod tests;
 
-use std::io::{self, IoSlice, IoSliceMut};
-use std::mem::MaybeUninit;
+use std::io;
 use std::os::fd::{AsFd, AsRawFd, BorrowedFd, OwnedFd, RawFd};
 use std::os::unix::net::UnixListener;
 use std::sync::Arc;
@@ -17,10 +16,7 @@ use std::thread::JoinHandle;
 use std::time::Duration;
 
 use rustix::io::Errno;
-use rustix::net::{
-    RecvAncillaryBuffer, RecvAncillaryMessage, RecvFlags, SendAncillaryBuffer, SendAncillaryMessage, SendFlags,
-    SocketFlags, recvmsg, sendmsg,
-};
+use rustix::net::{RecvFlags, SendFlags, SocketFlags};
 use vmm_sys_util::epoll::{ControlOperation, Epoll, EpollEvent, EventSet};
 
 use self::connection::{Connection, Found, Gone, READ};
@@ -29,6 +25,7 @@ pub use self::reply::Replied;
 use self::reply::{Mail, Next, Post};
 pub use self::reply::{Reply, STREAM_BUFFER, StreamError, StreamSender};
 use super::http::{Request, Response};
+use crate::backend::descriptors;
 use crate::threads::{self, Kind};
 
 /// What stands for the listener and the bell where connections have their numbers.
@@ -91,15 +88,10 @@ impl Clients {
         match self {
             Self::Listener(listener) => rustix::net::accept_with(listener, SocketFlags::CLOEXEC),
             Self::Passed(socket) => {
-                let mut space = [MaybeUninit::uninit(); rustix::cmsg_space!(ScmRights(1))];
-                let mut ancillary = RecvAncillaryBuffer::new(&mut space);
-                let flags = RecvFlags::CMSG_CLOEXEC | RecvFlags::DONTWAIT;
-                recvmsg(socket, &mut [IoSliceMut::new(&mut [0])], &mut ancillary, flags)?;
-                let fds = ancillary.drain().filter_map(|message| match message {
-                    RecvAncillaryMessage::ScmRights(mut fds) => fds.next(),
-                    _ => None,
-                });
-                fds.last().ok_or(Errno::CONNABORTED)
+                let received = descriptors::receive(socket, &mut [0], RecvFlags::DONTWAIT);
+                let (_, clients) =
+                    received.map_err(|error| Errno::from_io_error(&error).unwrap_or(Errno::CONNABORTED))?;
+                clients.into_iter().next_back().ok_or(Errno::CONNABORTED)
             }
         }
     }
@@ -110,12 +102,7 @@ impl Clients {
 /// # Errors
 /// The host's; `WouldBlock` when too many wait there.
 pub fn pass_client(server: &OwnedFd, client: BorrowedFd<'_>) -> io::Result<()> {
-    let mut space = [MaybeUninit::uninit(); rustix::cmsg_space!(ScmRights(1))];
-    let mut ancillary = SendAncillaryBuffer::new(&mut space);
-    let clients = [client];
-    ancillary.push(SendAncillaryMessage::ScmRights(&clients));
-    let flags = SendFlags::NOSIGNAL | SendFlags::DONTWAIT;
-    Ok(sendmsg(server, &[IoSlice::new(&[0])], &mut ancillary, flags).map(drop)?)
+    descriptors::send(server, &[0], &[client], SendFlags::DONTWAIT)
 }
 
 pub struct Server<S> {
