@@ -224,8 +224,8 @@ fn strict_on(kind: &str, attempt: &Attempt) -> Fate {
     match (kind, attempt.name) {
         // With this answer, glibc falls back to a call that can be looked at.
         ("main", "fork-by-clone3") => Fails("Function not implemented"),
-        // Guest code has nothing to ask for.
-        ("vcpu", name) if name.starts_with("ask-") => Trapped("sendmsg"),
+        // Only the owner asks its parent.
+        ("vcpu" | "api" | "io", name) if name.starts_with("ask-") => Trapped("sendmsg"),
         ("vcpu" | "api", name) if name.starts_with("ring-") => Trapped("io_uring_enter"),
         ("vcpu" | "api", "fill-disk") => Trapped("ftruncate"),
         _ => attempt.strict,
