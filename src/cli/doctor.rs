@@ -139,6 +139,7 @@ fn examine_jail() -> Vec<Finding> {
             Err(error) => Finding::new("cgroup", Verdict::Missing, error.to_string()).advise(error.hint()),
         },
         Finding::new("limits", Verdict::Ok, "threads, address space; no core dumps, no message queues"),
+        profile(),
         layer(
             Layer::Landlock,
             format!("version {landlock}: {restricts}"),
@@ -146,6 +147,14 @@ fn examine_jail() -> Vec<Finding> {
         ),
         Finding::new("seccomp", Verdict::Ok, "a policy for each kind of thread: main, vcpu, api, io"),
     ]
+}
+
+/// What a security module of the host's has the program for: a VMM gets a narrower profile below it.
+fn profile() -> Finding {
+    match read("/proc/self/attr/apparmor/current") {
+        Some(label) if label != "unconfined" => Finding::new("profile", Verdict::Ok, format!("AppArmor: {label}")),
+        _ => Finding::new("profile", Verdict::Ok, "none of AppArmor; the jail does without (docs/jail.md)"),
+    }
 }
 
 fn table(findings: &[Finding]) -> String {

@@ -28,7 +28,10 @@ fn the_doctor_tells_each_layer() {
     let ended = Running::start(tranche().args(["doctor", "--jail", "--format", "json"])).wait(LIMIT).expect_code(0);
     let findings: Vec<serde_json::Value> = serde_json::from_str(&ended.output).unwrap();
     let names: Vec<_> = findings.iter().map(|finding| finding["what"].as_str().unwrap()).collect();
-    assert_eq!(names, ["namespaces", "empty root directory", "user", "cgroup", "limits", "Landlock", "seccomp"]);
+    assert_eq!(
+        names,
+        ["namespaces", "empty root directory", "user", "cgroup", "limits", "profile", "Landlock", "seccomp"]
+    );
     // Not every host gives groups away.
     let ok = |finding: &serde_json::Value| finding["verdict"] == "ok" || finding["what"] == "cgroup";
     assert!(findings.iter().all(ok), "{}", ended.output);

@@ -82,6 +82,7 @@ fn profiles_of_apparmor_and_tomoyo_are_enforced() {
     let seen: serde_json::Value = serde_json::from_str(&done(&["inspect", "web"])).unwrap();
     assert_eq!(seen["jail"]["label"], "tranche//vmm (enforce)", "{seen}");
     assert_eq!(seen["jail"]["capabilities"], "0000000000000000 0000000000000000", "{seen}");
+    assert!(done(&["doctor", "--jail"]).contains("AppArmor: tranche (enforce)"));
     done(&["stats", "web"]);
     done(&["snapshot", "create", "web", "saved"]);
     done(&["stop", "web", "--timeout", "300"]);
