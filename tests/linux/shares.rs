@@ -44,6 +44,11 @@ fn cpu_time(vm: &Running) -> f64 {
     stat.lines().find_map(|line| line.strip_prefix("usage_usec ")).unwrap().parse().unwrap()
 }
 
+/// Of a guest's disk as much as there is, of its memory nearly all, and hundreds of processes.
+const BURN_THE_REST: &str =
+    "mount -t tmpfs -o size=150M none /mnt; dd if=/dev/zero of=/mnt/x bs=1M count=140 2> /dev/null
+    for process in $(seq 300); do sleep 3600 & done
+    while :; do dd if=/dev/zero of=$(disk burn) bs=1M oflag=direct 2> /dev/null; done &";
 const BURN: &str = "for cpu in $(seq $(nproc)); do while :; do :; done & done; echo BURNS";
 
 #[test]
@@ -51,11 +56,16 @@ fn a_guest_that_burns_everything_leaves_its_neighbour_its_share() {
     if !has_groups() {
         return;
     }
+    fs::write(Path::new(GROUPS).join("cgroup.subtree_control"), "+pids").unwrap();
     let mut greedy = Guest::new("cloud").arg("--cpus", "6").arg("--cpu-weight", "100");
+    greedy.command.args(["--memory", "512M", "--memory-limit", "700M", "--io-limit", "20M"]);
     let mut modest = Guest::beside("cloud").arg("--cpus", "2").arg("--cpu-weight", "100");
     let modest = modest.start(&format!("{BURN}; sleep 3600"));
     modest.output.wait_for("BURNS", LIMIT);
-    let greedy = greedy.start(&format!("{BURN}; sleep 3600"));
+    let image = greedy.dir.path().join("burn");
+    fs::File::create(&image).unwrap().set_len(32 << 20).unwrap();
+    greedy.command.arg("--disk").arg(format!("{},id=burn", image.display()));
+    let greedy = greedy.start(&format!("{BURN_THE_REST}\n{BURN}; sleep 3600"));
     greedy.output.wait_for("BURNS", LIMIT);
     let before = [cpu_time(&greedy), cpu_time(&modest)];
     std::thread::sleep(Duration::from_secs(5));
@@ -63,6 +73,10 @@ fn a_guest_that_burns_everything_leaves_its_neighbour_its_share() {
     // Half of it is its share. Thread by thread it would be a quarter.
     let share = little / (much + little);
     assert!(share > 0.4, "{share}: {much} and {little}");
+    // A guest's processes are none of the host's, its memory is in its group, and its disk has its limit.
+    let [tasks, memory] = ["pids.current", "memory.current"].map(|file| read(&group(&greedy).join(file)));
+    assert!(tasks.parse::<u32>().unwrap() < 100, "{tasks}");
+    assert!((140 << 20..700 << 20).contains(&memory.parse::<u64>().unwrap()), "{memory}");
 
     // One that takes more memory than it may is ended, and nobody else.
     let mut fat = Guest::beside("cloud").arg("--memory", "512M").arg("--memory-limit", "120M");
