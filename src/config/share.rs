@@ -46,6 +46,17 @@ impl Share {
         *self == Self::default()
     }
 
+    /// # Errors
+    /// When a number in a file is none that the command line would take.
+    pub fn validate(&self) -> Result<(), ConfigError> {
+        match self.cpu_weight {
+            Some(weight @ (0 | 10_001..)) => {
+                Err(ConfigError::OptionValue { key: "cpu-weight", value: weight.to_string(), takes: "1 to 10000" })
+            }
+            _ => Ok(()),
+        }
+    }
+
     /// With limits of another one where this has none.
     #[must_use]
     pub fn or(self, other: &Self) -> Self {
@@ -231,6 +242,8 @@ mod tests {
         assert_eq!(serde_json::to_string(&Share::default()).unwrap(), "{}");
         assert!(Share::default().to_options().is_empty() && !Share::default().needs_cgroup());
         assert!(serde_json::from_str::<Share>(r#"{"cpu-limit": "x"}"#).is_err());
+        let weight = |weight| Share { cpu_weight: Some(weight), ..Share::default() }.validate();
+        assert!(weight(1).is_ok() && weight(10_000).is_ok() && weight(0).is_err() && weight(10_001).is_err());
     }
 
     proptest! {

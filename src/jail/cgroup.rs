@@ -88,25 +88,25 @@ impl Cgroup {
     /// # Errors
     /// When there is no place for it, or a controller is missing that a limit takes.
     pub fn make(share: &Share) -> Result<Self, CgroupError> {
-        let ours = ours()?;
-        let place = Place::find(&ours)?;
-        let wanted: Vec<_> =
-            CONTROLLERS.into_iter().filter(|name| place.left.is_some() || needs(share, name)).collect();
-        let controllers = enable(&place.dir, &wanted)?;
-        if let Some(missing) = CONTROLLERS.into_iter().find(|name| needs(share, name) && !controllers.contains(name)) {
+        let Place { dir: place, left } = Place::find(&ours()?)?;
+        let all = left.is_some();
+        let dir = place.join(format!("{NAME}{}", std::process::id()));
+        // From here on, whatever fails, it is taken back.
+        let mut group = Self { dir, controllers: Vec::new(), has_memory_limit: false, io_limit: None, left };
+        let wanted: Vec<_> = CONTROLLERS.into_iter().filter(|name| all || needs(share, name)).collect();
+        group.controllers = enable(&place, &wanted)?;
+        if let Some(missing) = CONTROLLERS.into_iter().find(|name| needs(share, name) && !group.has(name)) {
             return Err(CgroupError::NoController(missing));
         }
-        if controllers.is_empty() {
+        if group.controllers.is_empty() {
             return Err(CgroupError::NoControllers);
         }
-        let dir = place.dir.join(format!("{NAME}{}", std::process::id()));
         // Of a process that had our number and was killed.
-        let _ = fs::remove_dir(&dir);
-        fs::create_dir(&dir).map_err(path("make the cgroup", &dir))?;
-        let has_memory_limit = share.memory_limit.is_some();
-        let io_limit = share.io_limit.map(|Flow(limits)| limits).filter(|_| controllers.contains(&"io"));
-        let group = Self { dir, controllers, has_memory_limit, io_limit, left: place.left };
+        let _ = fs::remove_dir(&group.dir);
+        fs::create_dir(&group.dir).map_err(path("make the cgroup", &group.dir))?;
         group.limit(share)?;
+        group.has_memory_limit = share.memory_limit.is_some();
+        group.io_limit = share.io_limit.map(|Flow(limits)| limits).filter(|_| group.has("io"));
         Ok(group)
     }
 

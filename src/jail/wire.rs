@@ -117,7 +117,8 @@ pub fn receive(socket: impl AsFd) -> io::Result<Option<Received>> {
     // Its length first: few are long, and room for one that is would be there in two processes all the time.
     let length = loop {
         match recv(&socket, &mut [0; 0], RecvFlags::PEEK | RecvFlags::TRUNC) {
-            Err(rustix::io::Errno::INTR) => {}
+            // The latter once, of who ended without having taken in what he was sent. What he said himself comes after it.
+            Err(rustix::io::Errno::INTR | rustix::io::Errno::CONNRESET) => {}
             peeked => break peeked?.1,
         }
     };

@@ -91,6 +91,7 @@ impl Definition {
     /// The first rule that does not hold.
     pub fn validate(&self) -> Result<(), DefinitionError> {
         self.vm.validate()?;
+        self.share.validate()?;
         if self.vm.disks.iter().any(|disk| disk.id.is_none()) {
             return Err(DefinitionError::NoDiskId);
         }
