@@ -272,8 +272,10 @@ impl Supervisor {
                         _ => {}
                     }
                 });
-                // It is for the life after the next reset.
-                let _ = self.parent.allow_memory(more);
+                // It is for the life after the next reset. Nothing else that comes here changes the limit.
+                if more > 0 {
+                    let _ = self.parent.allow_memory(more);
+                }
                 // Its file may be another one now, or a larger one.
                 for disk in disks {
                     let _ = self.parent.allow_disk(&disk);

@@ -15,6 +15,7 @@ use super::Cgroup;
 use super::policy::Policy;
 use super::seccomp::read_violation;
 use super::wire::{self, Ask, Given, Received};
+use crate::backend::disk::qcow2::header::MAGIC;
 use crate::backend::host::Peer;
 use crate::backend::kernel_cache::UnpackedKernels;
 use crate::backend::tap::TapQueue;
@@ -312,7 +313,7 @@ fn size_of_disk(file: &File) -> io::Result<u64> {
     }
     // Of a qcow2 image, what its header says: a magic number, a version, three numbers of 4 and 8 bytes, the size.
     let mut header = [0; 32];
-    let is_image = file.read_exact_at(&mut header, 0).is_ok() && header.starts_with(b"QFI\xfb");
+    let is_image = file.read_exact_at(&mut header, 0).is_ok() && header.starts_with(&MAGIC);
     let size = if is_image { u64::from_be_bytes(header[24..].try_into().unwrap_or_default()) } else { 0 };
     Ok(meta.len().max(size))
 }
