@@ -4,7 +4,7 @@ use std::os::unix::process::ExitStatusExt;
 
 use rustix::process::Signal;
 
-use crate::vm::{LIMIT, Vm, firecracker, vmm};
+use crate::vm::{LIMIT, Vm, firecracker, logging_firecracker, vmm};
 
 #[test]
 fn the_process_ends_with_its_guest() {
@@ -15,7 +15,7 @@ fn the_process_ends_with_its_guest() {
         let Vm { running, socket, .. } = vm;
         running.wait(LIMIT).expect_code(code);
         assert!(!socket.exists(), "our socket goes with us");
-        let vm = Vm::start(firecracker());
+        let vm = Vm::start(logging_firecracker());
         vm.put_kernel("hello", &format!("end={end}"));
         vm.act("InstanceStart");
         let Vm { running, socket, dir } = vm;

@@ -17,7 +17,7 @@ use serde_json::{Value, json};
 
 use crate::support::worker::Worker;
 use crate::support::{Running, disk_with, not_tested};
-use crate::vm::{LIMIT, Vm, drive, firecracker};
+use crate::vm::{LIMIT, Vm, drive, firecracker, logging_firecracker};
 
 const SOCKET: &str = "TRANCHE_PAGES_SOCKET";
 const MEMORY: &str = "TRANCHE_PAGES_MEMORY";
@@ -153,7 +153,7 @@ fn memory_comes_page_by_page_from_another_process() {
 
     // A handler that ends takes the VM with it: nobody has the pages that are still to come.
     let handler = start_handler(&socket, &path("again"));
-    let mut third = Vm::start(firecracker());
+    let mut third = Vm::start(logging_firecracker());
     third.put("/snapshot/load", &load(&state, &socket));
     // That snapshot was made after these.
     twin.recall("dwzs");

@@ -1,10 +1,10 @@
 //! What the program is when it is called `firecracker`.
 
 use crate::support::{Running, guests};
-use crate::vm::{LIMIT, Vm, firecracker};
+use crate::vm::{LIMIT, Vm, firecracker, logging_firecracker};
 
 fn run(args: &[&str]) -> crate::support::Ended {
-    Running::start(firecracker().args(args)).wait(LIMIT)
+    Running::start(logging_firecracker().args(args)).wait(LIMIT)
 }
 
 #[test]
@@ -70,7 +70,7 @@ fn a_configuration_file_starts_a_vm() {
 fn it_logs_what_tools_look_for() {
     let dir = tempfile::tempdir().unwrap();
     let log = dir.path().join("log");
-    let mut command = firecracker();
+    let mut command = logging_firecracker();
     command.args(["--id", "my-vm", "--boot-timer", "--show-level", "--log-path"]).arg(&log);
     let vm = Vm::start(command);
     vm.fault("PUT", "/actions", r#"{"action_type":"Fly"}"#);

@@ -20,8 +20,15 @@ pub struct Vm {
     pub dir: TempDir,
 }
 
-/// The program under the name `firecracker`.
+/// The program under the name `firecracker`, with no messages between what its guest says.
 pub fn firecracker() -> Command {
+    let mut command = logging_firecracker();
+    command.args(["--level", "Off"]);
+    command
+}
+
+/// The program under the name `firecracker`, which logs to standard output if no argument says otherwise.
+pub fn logging_firecracker() -> Command {
     let mut command = tranche();
     command.arg0("firecracker");
     command
