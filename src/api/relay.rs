@@ -4,7 +4,7 @@
 //! wants. Bytes are passed on as they come, in both directions, and answered by the VMM's own server.
 
 use std::io;
-use std::os::fd::{AsFd, OwnedFd};
+use std::os::fd::{AsFd, BorrowedFd, OwnedFd};
 use std::os::unix::net::{UnixListener, UnixStream};
 use std::time::{Duration, Instant};
 
@@ -59,7 +59,18 @@ impl Half {
         let mut flags = PollFlags::empty();
         flags.set(PollFlags::IN, !self.ended && other.pending.is_empty());
         flags.set(PollFlags::OUT, !self.pending.is_empty());
+        // With nothing else to be told of, one that hangs up for good. It would be told of again and again, if the other
+        // half had not taken yet what it has sent.
+        flags.set(PollFlags::HUP, self.ended && other.pending.is_empty());
         flags
+    }
+
+    /// The socket as poll is to look at it, in place of which it looks at `quiet` if there is nothing to wait for.
+    fn wanted<'a>(&'a self, other: &Self, quiet: BorrowedFd<'a>) -> PollFd<'a> {
+        match self.interest(other) {
+            none if none.is_empty() => PollFd::from_borrowed_fd(quiet, none),
+            interest => PollFd::from_borrowed_fd(self.socket.as_fd(), interest),
+        }
     }
 
     /// Reads once; nothing when there is nothing, or no more.
@@ -70,6 +81,11 @@ impl Half {
                 Ok(&[])
             }
             Ok((count, _)) => Ok(&buffer[..count]),
+            // It has gone, and left unread what was sent to it.
+            Err(Errno::CONNRESET) => {
+                self.ended = true;
+                Ok(&[])
+            }
             Err(Errno::AGAIN | Errno::INTR) => Ok(&[]),
             Err(error) => Err(error),
         }
@@ -105,12 +121,12 @@ impl Relay {
     #[must_use]
     pub fn wanted(&self) -> Vec<PollFd<'_>> {
         let listens = if self.links.len() < MOST_CLIENTS { PollFlags::IN } else { PollFlags::empty() };
-        let mut wanted = vec![PollFd::from_borrowed_fd(self.listener.as_fd(), listens)];
-        for Link { client, vmm, .. } in &self.links {
-            wanted.push(PollFd::from_borrowed_fd(client.socket.as_fd(), client.interest(vmm)));
-            wanted.push(PollFd::from_borrowed_fd(vmm.socket.as_fd(), vmm.interest(client)));
-        }
-        wanted
+        let listener = self.listener.as_fd();
+        let halves = self.links.iter().flat_map(|Link { client, vmm, .. }| {
+            // Of a listener, poll tells nothing that it was not asked for.
+            [client.wanted(vmm, listener), vmm.wanted(client, listener)]
+        });
+        std::iter::once(PollFd::from_borrowed_fd(listener, listens)).chain(halves).collect()
     }
 
     /// Passes on what is still to be passed on, for so many milliseconds at most: the VMM is gone.
@@ -161,10 +177,21 @@ impl Relay {
 impl Link {
     /// `false` when there is nothing left to pass on.
     fn go_on(&mut self, client: PollFlags, vmm: PollFlags, named: &mut dyn FnMut(&Call)) -> bool {
-        let done = self.pass_requests(client, vmm, named).and_then(|()| self.pass_answers(client, vmm));
-        done.is_ok() && !(self.client.ended && self.vmm.ended) && !(self.vmm.ended && self.client.pending.is_empty())
+        if self.pass_requests(client, vmm, named).is_err() {
+            // The server reads no more, after what is no request say. What it has answered is still to be passed on.
+            self.vmm.pending.clear();
+            self.client.ended = true;
+        }
+        if self.pass_answers(client, vmm).is_err() {
+            return false;
+        }
+        let has_left = self.client.ended && client.contains(PollFlags::HUP) && self.vmm.pending.is_empty();
+        let is_answered = self.vmm.ended && self.client.pending.is_empty();
+        !has_left && !is_answered
     }
 
+    /// # Errors
+    /// When the VMM's end takes nothing more, or the client's cannot be read.
     fn pass_requests(&mut self, client: PollFlags, vmm: PollFlags, named: &mut dyn FnMut(&Call)) -> Result<(), Errno> {
         if self.vmm.pending.is_empty() && !self.client.ended && !client.is_empty() {
             let mut buffer = [0; CHUNK];
@@ -177,6 +204,8 @@ impl Link {
         if vmm.contains(PollFlags::OUT) { self.vmm.write() } else { Ok(()) }
     }
 
+    /// # Errors
+    /// When the client takes nothing more, or the VMM's end cannot be read.
     fn pass_answers(&mut self, client: PollFlags, vmm: PollFlags) -> Result<(), Errno> {
         if self.client.pending.is_empty() && !self.vmm.ended && !vmm.is_empty() {
             let mut buffer = [0; CHUNK];
@@ -210,5 +239,146 @@ fn call_of(request: &Request) -> Option<Call> {
     match request.path.split(['/', '?']).nth(1) {
         Some("v2") => v2::call_of(request),
         _ => Some(firecracker::route(&request.method, &request.path, &request.body).ok()?.call),
+    }
+}
+
+#[cfg(test)]
+mod tests {
+    use std::io::{Read, Write};
+
+    use rustix::net::{AddressFamily, SocketType, socketpair};
+
+    use super::*;
+    use crate::backend::descriptors;
+
+    /// A relay, with a client that it has taken and the VMM's end for it.
+    struct Rig {
+        relay: Relay,
+        client: UnixStream,
+        vmm: UnixStream,
+        _dir: tempfile::TempDir,
+        _server: OwnedFd,
+    }
+
+    impl Rig {
+        fn new() -> Self {
+            let dir = tempfile::tempdir().unwrap();
+            let path = dir.path().join("s");
+            let listener = UnixListener::bind(&path).unwrap();
+            let (ours, theirs) =
+                socketpair(AddressFamily::UNIX, SocketType::SEQPACKET, SocketFlags::CLOEXEC, None).unwrap();
+            let mut relay = Relay::new(listener, ours, 1000).unwrap();
+            let client = UnixStream::connect(&path).unwrap();
+            assert_eq!(turn(&mut relay), 1);
+            let (_, mut passed) = descriptors::receive(&theirs, &mut [0], RecvFlags::empty()).unwrap();
+            let vmm = UnixStream::from(passed.remove(0));
+            Self { relay, client, vmm, _dir: dir, _server: theirs }
+        }
+
+        /// Goes on until there is nothing to be done.
+        #[track_caller]
+        fn settle(&mut self) {
+            assert!((0..10_000).any(|_| turn(&mut self.relay) == 0), "it never comes to rest");
+        }
+    }
+
+    /// Goes on with what is ready now; how much is?
+    fn turn(relay: &mut Relay) -> usize {
+        let mut wanted = relay.wanted();
+        let count = poll(&mut wanted, Some(&Timespec::default())).unwrap();
+        let ready: Vec<_> = wanted.iter().map(PollFd::revents).collect();
+        drop(wanted);
+        relay.go_on(&ready, &mut |_| {});
+        count
+    }
+
+    const REQUEST: &[u8] = b"GET / HTTP/1.1\r\n\r\n";
+
+    fn read(stream: &mut UnixStream, count: usize) -> Vec<u8> {
+        let mut bytes = vec![0; count];
+        stream.read_exact(&mut bytes).unwrap();
+        bytes
+    }
+
+    #[test]
+    fn a_client_that_has_left_is_forgotten_when_its_request_is_passed_on() {
+        let mut rig = Rig::new();
+        rig.client.write_all(REQUEST).unwrap();
+        drop(rig.client);
+        rig.client = UnixStream::pair().unwrap().0;
+        rig.settle();
+        assert!(rig.relay.links.is_empty());
+        let mut passed = Vec::new();
+        rig.vmm.read_to_end(&mut passed).unwrap();
+        assert_eq!(passed, REQUEST);
+    }
+
+    #[test]
+    fn a_client_that_sends_no_more_is_answered() {
+        let mut rig = Rig::new();
+        rig.client.write_all(REQUEST).unwrap();
+        rig.client.shutdown(std::net::Shutdown::Write).unwrap();
+        rig.settle();
+        let mut passed = Vec::new();
+        rig.vmm.read_to_end(&mut passed).unwrap();
+        assert_eq!(passed, REQUEST);
+        rig.vmm.write_all(b"answer").unwrap();
+        rig.settle();
+        assert_eq!((read(&mut rig.client, 6).as_slice(), rig.relay.links.len()), (&b"answer"[..], 1));
+    }
+
+    /// A client that leaves while the VMM takes in nothing: its bytes are kept, and nobody is woken for it.
+    #[test]
+    fn a_client_that_has_left_wakes_nobody() {
+        let mut rig = Rig::new();
+        rig.client.set_nonblocking(true).unwrap();
+        let mut sent = 0;
+        // As long as the VMM's socket takes something, and the client's own.
+        while rig.relay.links[0].vmm.pending.is_empty() || rig.client.write(&[7; 512]).is_ok() {
+            sent += rig.client.write(&[7; 512]).unwrap_or(0);
+            turn(&mut rig.relay);
+        }
+        assert!(sent > 0);
+        drop(std::mem::replace(&mut rig.client, UnixStream::pair().unwrap().0));
+        rig.settle();
+        assert_eq!(rig.relay.links.len(), 1);
+        let mut reader = rig.vmm.try_clone().unwrap();
+        let taken = std::thread::spawn(move || reader.read_to_end(&mut Vec::new()).unwrap());
+        while !rig.relay.links.is_empty() {
+            turn(&mut rig.relay);
+        }
+        assert!(taken.join().unwrap() >= sent);
+    }
+
+    /// A server that hangs up, with an answer that the client does not read yet.
+    #[test]
+    fn an_answer_waits_for_its_client() {
+        let mut rig = Rig::new();
+        let answer: Vec<u8> = (0..1_000_000).map(|index| (index % 251) as u8).collect();
+        rig.vmm.set_nonblocking(true).unwrap();
+        let mut sent = 0;
+        loop {
+            match rig.vmm.write(&answer[sent..]) {
+                Ok(count) => sent += count,
+                Err(_) if !rig.relay.links[0].client.pending.is_empty() => break,
+                Err(_) => drop(turn(&mut rig.relay)),
+            }
+        }
+        rig.client.write_all(b"what is no more read").unwrap();
+        rig.settle();
+        drop(std::mem::replace(&mut rig.vmm, UnixStream::pair().unwrap().0));
+        rig.settle();
+        assert_eq!(rig.relay.links.len(), 1, "the answer is not all taken");
+        let mut client = rig.client.try_clone().unwrap();
+        let reader = std::thread::spawn(move || {
+            let mut taken = Vec::new();
+            // It left something unread of ours, which the socket tells at its end.
+            let _ = client.read_to_end(&mut taken);
+            taken
+        });
+        while !rig.relay.links.is_empty() {
+            turn(&mut rig.relay);
+        }
+        assert!(reader.join().unwrap() == answer[..sent]);
     }
 }
