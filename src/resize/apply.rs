@@ -86,8 +86,7 @@ fn resize(
 ) -> Result<(String, Option<Kept>), ResizeError> {
     if disk.image.format == Some(DiskFormat::Qcow2) {
         tools::resize(&disk.path, size.0, DiskFormat::Qcow2, &disk.image.backing, false)?;
-        let followup = Followup { content: &Content::Unknown, index, partition: None };
-        return Ok((format!("it has {size}; {followup}"), None));
+        return Ok((format!("it has {size}; {}", Followup::of_unknown(index)), None));
     }
     let (file, old) = if goes_on { open_patiently(&disk.path) } else { tools::open_alone(&disk.path) }?;
     if !file.metadata().is_ok_and(|metadata| metadata.is_file()) {
@@ -263,7 +262,7 @@ impl RawDisk<'_> {
         let rest = if with_ext {
             ", and its ext4 file system fills it".to_owned()
         } else {
-            format!("; {}", Followup { content: &layout.content, index: self.index, partition: number })
+            format!("; {}", Followup::of(layout, self.index, false))
         };
         format!("{} has {size}{part}{rest}", device(self.index))
     }

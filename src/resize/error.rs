@@ -21,6 +21,8 @@ pub enum ResizeError {
     ReadOnly(String),
     #[error("{0} is no size for a disk: it has to be a multiple of 512 bytes")]
     Size(MemorySize),
+    #[error("{} is a running VM's: only raw disks get another size then, and become larger", .0.display())]
+    Live(PathBuf),
     #[error("{} is a block device, whose size is not ours to change", .0.display())]
     BlockDevice(PathBuf),
     #[error("the qcow2 image {} cannot be made smaller", .0.display())]
@@ -66,6 +68,7 @@ impl ResizeError {
             Self::Disk(error) => return error.hint(),
             Self::Image(error) => return error.hint(),
             Self::BlockDevice(_) => "give it another size with its own tools, such as lvextend".into(),
+            Self::Live(_) => "leave --live out: it gets the new size by the VM's next start".into(),
             Self::ShrinkQcow2(_) => "copy what is on it to a smaller disk".into(),
             Self::ShrinkOther { .. } => "make what is on it smaller first, in the guest, and its partition".into(),
             Self::ShrinkBelowNeed { needed, .. } => format!("remove files from it, or give {needed} and a little more"),

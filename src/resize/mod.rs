@@ -37,6 +37,17 @@ pub struct Request {
     pub nics: Option<Vec<NetConfig>>,
 }
 
+/// How the VM comes by its new size.
+#[derive(Debug, Clone, Copy, PartialEq, Eq)]
+pub enum Way {
+    /// By its next start.
+    NextStart,
+    /// By a stop and a start that belong to it, with what can be kept for a way back.
+    Restart,
+    /// While it runs: of disks only, which become larger.
+    Live,
+}
+
 /// What a change means.
 #[derive(Debug, Clone, PartialEq, Eq, Serialize)]
 #[serde(rename_all = "kebab-case")]
@@ -65,11 +76,11 @@ pub struct Plan {
 }
 
 impl Plan {
-    /// Makes a plan, and changes nothing. `restarts`: does a stop and a start, with what can be kept for a way back, belong to it?
+    /// Makes a plan, and changes nothing.
     ///
     /// # Errors
     /// What cannot be, or would lose something.
-    pub fn new(vm: &str, definition: &Definition, request: &Request, restarts: bool) -> Result<Self, ResizeError> {
+    pub fn new(vm: &str, definition: &Definition, request: &Request, way: Way) -> Result<Self, ResizeError> {
         let mut plan = Self {
             vm: vm.to_owned(),
             changes: Vec::new(),
@@ -86,7 +97,7 @@ impl Plan {
             plan.add_disk(disk)?;
         }
         for (id, size) in &request.disks {
-            plan.resize_disk(id, *size, restarts)?;
+            plan.resize_disk(id, *size, way)?;
         }
         if let Some(nics) = &request.nics {
             plan.change_nics(nics);
@@ -165,7 +176,7 @@ impl Plan {
         Ok(())
     }
 
-    fn resize_disk(&mut self, id: &str, size: MemorySize, restarts: bool) -> Result<(), ResizeError> {
+    fn resize_disk(&mut self, id: &str, size: MemorySize, way: Way) -> Result<(), ResizeError> {
         let index = self.position(id)?;
         let disk = self.target.vm.disks[index].clone();
         if disk.read_only {
@@ -190,6 +201,9 @@ impl Plan {
         if size.0 == from && !self.target.disk_sizes.contains_key(id) {
             return Ok(());
         }
+        if way == Way::Live && (is_qcow2 || size.0 < from) {
+            return Err(ResizeError::Live(disk.path.clone()));
+        }
         self.target.disk_sizes.insert(id.to_owned(), size);
         if size.0 < from {
             if is_qcow2 {
@@ -206,18 +220,17 @@ impl Plan {
                 free.rounded()
             ));
         }
-        if let Some(Layout { content: Content::Ext { bytes, .. }, .. }) = &layout {
+        if let (Some(Layout { content: Content::Ext { bytes, .. }, .. }), false) = (&layout, way == Way::Live) {
             apply::has_room(&disk.path, size.0.saturating_sub(*bytes))?;
         }
         let guest = match &layout {
-            None => format!(
-                "{} of {size}; {}",
-                device(index),
-                Followup { content: &Content::Unknown, index, partition: None }
-            ),
+            None => format!("{} of {size}; {}", device(index), Followup::of_unknown(index)),
+            Some(layout) if way == Way::Live => {
+                format!("{} of {size} at once; {}", device(index), Followup::of(layout, index, true))
+            }
             Some(layout) => format!("{} of {size}, {}", device(index), what_grows(layout, index)),
         };
-        let undo = if restarts && self.host.shares_blocks(&disk.path) {
+        let undo = if way == Way::Restart && self.host.shares_blocks(&disk.path) {
             "yes: a copy that shares its blocks is kept until the guest is up"
         } else if size.0 < from {
             "no: what it is made of is moved together"
@@ -225,6 +238,7 @@ impl Plan {
             "no: it stays larger, with all that is on it"
         };
         self.change(&named(id), &MemorySize(from), &size, guest, undo.into());
+        self.changes.last_mut().into_iter().for_each(|change| change.needs_stop = way != Way::Live);
         Ok(())
     }
 
@@ -290,10 +304,9 @@ fn what_grows(layout: &Layout, index: usize) -> String {
     match (&layout.content, part) {
         (Content::Ext { .. }, None) if ext_is_ours => "and its ext4 file system with it".into(),
         (Content::Ext { .. }, Some(part)) if ext_is_ours => format!("and {part} and its ext4 file system with it"),
-        (content, part) => {
-            let partition = layout.partition.map(|part| part.number);
+        (_, part) => {
             let grows = part.map(|part| format!("and {part} with it; ")).unwrap_or_default();
-            format!("{grows}{}", Followup { content, index, partition })
+            format!("{grows}{}", Followup::of(layout, index, false))
         }
     }
 }
@@ -303,27 +316,39 @@ struct Followup<'a> {
     content: &'a Content,
     index: usize,
     partition: Option<usize>,
+    /// Does the partition have to be made larger there too?
+    grows_partition: bool,
+}
+
+impl<'a> Followup<'a> {
+    fn of(layout: &'a Layout, index: usize, grows_partition: bool) -> Self {
+        let partition = layout.partition.map(|part| part.number);
+        Self { content: &layout.content, index, partition, grows_partition }
+    }
+
+    fn of_unknown(index: usize) -> Self {
+        Self { content: &Content::Unknown, index, partition: None, grows_partition: false }
+    }
 }
 
 impl fmt::Display for Followup<'_> {
     fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
         let disk = device(self.index);
         let device = self.partition.map_or(disk.clone(), |number| format!("{disk}{number}"));
+        f.write_str("then, in the guest: ")?;
+        if let (true, Some(number)) = (self.grows_partition, self.partition) {
+            write!(f, "growpart {disk} {number}, and ")?;
+        }
         match self.content {
-            Content::Ext { .. } => write!(f, "then, in the guest: resize2fs {device}"),
-            Content::Other("XFS") => write!(f, "then, in the guest: xfs_growfs of where it is mounted"),
-            Content::Other("btrfs") => {
-                write!(f, "then, in the guest: btrfs filesystem resize max, of where it is mounted")
-            }
-            Content::Other("an LVM volume") => write!(f, "then, in the guest: pvresize {device}"),
+            Content::Ext { .. } => write!(f, "resize2fs {device}"),
+            Content::Other("XFS") => write!(f, "xfs_growfs of where it is mounted"),
+            Content::Other("btrfs") => write!(f, "btrfs filesystem resize max, of where it is mounted"),
+            Content::Other("an LVM volume") => write!(f, "pvresize {device}"),
             Content::Other("a DOS partition table") => {
-                write!(
-                    f,
-                    "then, in the guest: growpart {disk} and the number of its last partition, and its file system"
-                )
+                write!(f, "growpart {disk} and the number of its last partition, and its file system")
             }
-            Content::Other(name) => write!(f, "then, in the guest, what {name} needs to fill {device}"),
-            Content::Unknown => write!(f, "then, in the guest, what its partitions and file systems need to fill it"),
+            Content::Other(name) => write!(f, "what {name} needs to fill {device}"),
+            Content::Unknown => write!(f, "what its partitions and file systems need to fill it"),
         }
     }
 }

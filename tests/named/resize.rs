@@ -215,10 +215,17 @@ fn a_running_guest_hears_of_a_larger_disk_at_once() {
     sparse(&home.path("disk"), 4 * MIB);
     home.create("a", "hello", "end=halt", &["--disk", "disk,id=d"]);
     home.done(&["start", "a"]);
+    let planned = plan(&home, &["--live", "--disk", "d=8M"]);
+    let change = &planned["changes"][0];
+    assert_eq!((&change["to"], &change["needs-stop"]), (&"8M".into(), &false.into()), "{planned}");
     home.done(&["resize", "a", "--live", "--disk", "d=8M"]);
     assert_eq!(fs::metadata(home.path("disk")).unwrap().len(), 8 * MIB);
     assert_eq!(home.inspect("a")["pending"], false);
-    home.refused(&["resize", "a", "--live", "--disk", "d=2M"], 97, "something unknown is on it");
+    home.refused(
+        &["resize", "a", "--live", "--disk", "d=2M"],
+        97,
+        "only raw disks get another size then, and become larger",
+    );
     let ask = |body: &str| home.run(&["api", "--socket", "a", "PUT", "/v2/vm/resize", body]);
     let refused = ask(r#"{"disks":{"d":4194304}}"#).expect_code(70).errors;
     assert!(refused.contains("while its VM runs it becomes larger"), "{refused}");

@@ -13,7 +13,7 @@ use super::wait::wait_for_boot;
 use crate::cli::exit::{self, Exit};
 use crate::cli::run::LogLevel;
 use crate::config::{DiskConfig, MemorySize, NetConfig};
-use crate::resize::{Done, Plan, Request, apply, give_up_copies};
+use crate::resize::{Done, Plan, Request, Way, apply, give_up_copies};
 use crate::store::{Change, Definition, Store, StoreError, Vm};
 
 /// Give a named VM another size, or other devices
@@ -98,6 +98,14 @@ fn disk_size(text: &str) -> Result<(String, MemorySize), String> {
 }
 
 impl ResizeArgs {
+    fn way(&self) -> Way {
+        match (self.live, self.restart) {
+            (true, _) => Way::Live,
+            (_, true) => Way::Restart,
+            _ => Way::NextStart,
+        }
+    }
+
     fn request(&self) -> Request {
         let cards = self.net.iter().filter_map(|nic| match nic {
             Nic::None => None,
@@ -122,7 +130,7 @@ fn resize(vm: &Vm, args: &ResizeArgs) -> Result<u8, Failure> {
     // Held to the end: two changes at a time would each undo the other's.
     let change = if args.dry_run { None } else { Some(vm.change()?) };
     let definition = vm.definition()?;
-    let plan = Plan::new(vm.name(), &definition, &args.request(), args.restart)?;
+    let plan = Plan::new(vm.name(), &definition, &args.request(), args.way())?;
     match args.format {
         Format::Json => exit::print(&format!("{:#}\n", json!(plan))),
         Format::Text if plan.is_empty() => exit::print("there is nothing to change\n"),
