@@ -1,4 +1,5 @@
-//! The serial console's input: standard input or a client of the socket, to the guest's serial port.
+//! The serial console's input: standard input or a client of the socket, to the guest's serial port. And the way back, where
+//! a client is slow.
 
 use std::fs::File;
 use std::io::{self, Read, Write};
@@ -6,12 +7,19 @@ use std::os::fd::{AsFd, AsRawFd, RawFd};
 use std::os::unix::net::UnixListener;
 use std::path::PathBuf;
 use std::sync::Arc;
+use std::time::{Duration, Instant};
+
+use rustix::event::{PollFd, PollFlags, Timespec, poll};
+use vmm_sys_util::epoll::EventSet;
 
 use super::escape::{self, Action, EscapeFilter};
 use super::terminal::RawTerminal;
 use crate::backend::{Deed, HostFiles};
 use crate::config::SerialConfig;
 use crate::platform::serial::{Enqueued, SerialPort};
+
+/// How long the last output may take to be read.
+const LAST_PATIENCE: Duration = Duration::from_millis(500);
 
 /// How many keys a user may be ahead of the guest; more are lost.
 const MAX_TYPED: usize = 4096;
@@ -21,8 +29,10 @@ pub struct Console {
     source: Source,
     escape: EscapeFilter,
     pending: Vec<u8>,
-    /// The guest was writing when we had keys for it: try again in a moment.
+    /// The guest was writing when we had keys for it, or something to send of what it wrote: try again in a moment.
     busy: bool,
+    /// The client has not taken yet all that the guest wrote.
+    output_waits: bool,
     /// The input has ended. Its descriptor stays open until whoever waits on it has let go of it: epoll watches
     /// what is behind a descriptor, which is open elsewhere too, and could not be told any more.
     ended: bool,
@@ -36,6 +46,7 @@ pub struct Console {
 #[derive(Debug, Clone, Copy, PartialEq, Eq)]
 pub struct Input {
     pub fd: RawFd,
+    pub events: EventSet,
     generation: u32,
 }
 
@@ -77,21 +88,34 @@ impl Console {
 
     fn of(source: Source, terminal: Option<RawTerminal>) -> Self {
         let escape = EscapeFilter::default();
-        Self { source, escape, pending: Vec::new(), busy: false, ended: false, generation: 0, _terminal: terminal }
+        Self {
+            source,
+            escape,
+            pending: Vec::new(),
+            busy: false,
+            output_waits: false,
+            ended: false,
+            generation: 0,
+            _terminal: terminal,
+        }
     }
 
     /// What to wait on for more input; nothing while the guest has not taken what there is. A terminal is always
-    /// listened to: its user may want to quit a guest that takes nothing.
+    /// listened to: its user may want to quit a guest that takes nothing. A client that reads too slowly is waited for too.
     pub fn input(&self) -> Option<Input> {
-        let fd = match &self.source {
-            _ if self.ended => None,
-            Source::Stdin { file, terminal: true } => Some(file.as_raw_fd()),
-            _ if !self.pending.is_empty() => None,
-            Source::Nothing => None,
-            Source::Stdin { file, .. } => Some(file.as_raw_fd()),
-            Source::Socket { client, .. } => client.as_ref().map(AsRawFd::as_raw_fd),
-        }?;
-        Some(Input { fd, generation: self.generation })
+        let (fd, is_terminal) = match &self.source {
+            Source::Nothing => return None,
+            Source::Stdin { file, terminal } => (file.as_raw_fd(), *terminal),
+            Source::Socket { client, .. } => (client.as_ref()?.as_raw_fd(), false),
+        };
+        let mut events = EventSet::empty();
+        events.set(EventSet::IN, self.takes_input() || is_terminal && !self.ended);
+        events.set(EventSet::OUT, self.output_waits);
+        (!events.is_empty()).then_some(Input { fd, events, generation: self.generation })
+    }
+
+    fn takes_input(&self) -> bool {
+        !self.ended && self.pending.is_empty()
     }
 
     /// What to wait on for a client.
@@ -106,12 +130,21 @@ impl Console {
         self.busy
     }
 
-    /// Reads input that is there; tells when the user wants to quit.
-    pub fn read_input(&mut self, serial: &SerialPort) -> Option<Action> {
+    /// Does what [`Self::input`] is ready for; tells when the user wants to quit.
+    pub fn go_on(&mut self, ready: EventSet, serial: &SerialPort) -> Option<Action> {
+        if ready.contains(EventSet::OUT) {
+            self.push(serial);
+        }
+        // Whoever has hung up is read too.
+        if ready == EventSet::OUT { None } else { self.read_input(serial) }
+    }
+
+    fn read_input(&mut self, serial: &SerialPort) -> Option<Action> {
         let mut keys = [0; 1024];
+        let takes_input = self.takes_input();
         let (file, terminal) = match &mut self.source {
             Source::Stdin { file, terminal } => (file, *terminal),
-            Source::Socket { client: Some(client), .. } => (client, false),
+            Source::Socket { client: Some(client), .. } if takes_input => (client, false),
             _ => return None,
         };
         let count = match file.read(&mut keys) {
@@ -141,9 +174,15 @@ impl Console {
         action
     }
 
-    /// Gives the guest as much of the pending input as it takes.
+    /// Gives the guest as much of the pending input as it takes, and the client as much of what it wrote.
     pub fn push(&mut self, serial: &SerialPort) {
         self.busy = false;
+        if let Source::Socket { .. } = self.source {
+            match serial.flush() {
+                Some(waits) => self.output_waits = waits,
+                None => self.busy = true,
+            }
+        }
         while !self.pending.is_empty() {
             match serial.enqueue(&self.pending) {
                 Enqueued::Taken(count) => drop(self.pending.drain(..count)),
@@ -153,6 +192,20 @@ impl Console {
                     return;
                 }
             }
+        }
+    }
+
+    /// Gives a client that is slow a moment for the last that the guest wrote.
+    pub fn finish(&mut self, serial: &SerialPort) {
+        let deadline = Instant::now() + LAST_PATIENCE;
+        self.push(serial);
+        while let (true, Source::Socket { client: Some(client), .. }) = (self.output_waits, &self.source) {
+            let left = deadline.saturating_duration_since(Instant::now());
+            let timeout = Timespec { tv_sec: 0, tv_nsec: left.subsec_nanos().into() };
+            if !poll(&mut [PollFd::new(client, PollFlags::OUT)], Some(&timeout)).is_ok_and(|ready| ready > 0) {
+                return;
+            }
+            self.push(serial);
         }
     }
 
@@ -166,7 +219,7 @@ impl Console {
         {
             *client = Some(File::from(std::os::fd::OwnedFd::from(input)));
             self.pending.clear();
-            self.ended = false;
+            (self.ended, self.output_waits) = (false, false);
             self.generation = self.generation.wrapping_add(1);
             serial.connect(stream);
         }
@@ -187,9 +240,7 @@ mod tests {
     use crate::observe::Timeline;
     use crate::platform::serial::SerialOutput;
     use std::os::unix::net::UnixStream;
-    use std::sync::Arc;
-    use std::time::Instant;
-    use vmm_sys_util::epoll::{ControlOperation, Epoll, EpollEvent, EventSet};
+    use vmm_sys_util::epoll::{ControlOperation, Epoll, EpollEvent};
     use vmm_sys_util::eventfd::{EFD_NONBLOCK, EventFd};
 
     fn serial() -> SerialPort {

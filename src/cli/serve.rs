@@ -16,7 +16,7 @@ use crate::memory::release_startup_code;
 
 const MACHINE: u64 = 0;
 const SIGNALS: u64 = 1;
-const ROOM: u64 = 2;
+const SERIAL: u64 = 2;
 const LISTENER: u64 = 3;
 const INPUT: u64 = 4;
 const CALLS: u64 = 5;
@@ -61,6 +61,9 @@ pub fn serve(
     owner.begin_to_serve();
     let served = serve_until(&mut owner, console, signals, on_signal, calls);
     owner.write_metrics();
+    if let Some(machine) = owner.machine() {
+        console.finish(machine.serial());
+    }
     owner.hang_up();
     drop(api);
     owner.close_disks();
@@ -100,13 +103,15 @@ fn serve_until(
             if watched != life {
                 // Those of the machine before have left with it.
                 watch(machine.events_fd(), MACHINE)?;
-                watch(machine.serial().room().as_raw_fd(), ROOM)?;
+                watch(machine.serial().wake().as_raw_fd(), SERIAL)?;
                 if let Some(fd) = console.listener_fd().filter(|_| !listens) {
                     // By edges: a client that cannot be accepted, for want of descriptors, must not wake us for ever.
                     let events = EventSet::IN | EventSet::EDGE_TRIGGERED;
                     epoll.ctl(ControlOperation::Add, fd, EpollEvent::new(events, LISTENER))?;
                 }
                 (watched, listens) = (life, true);
+                // What the machine before has not got rid of.
+                console.push(machine.serial());
                 // What has built it is not needed any more; before, it would be in the way of the first answers.
                 release_startup_code();
             }
@@ -131,8 +136,8 @@ fn serve_until(
         {
             console.push(machine.serial());
         }
-        let from_poll = events[..count].iter().map(EpollEvent::data);
-        for token in from_poll.chain(ready.then_some(INPUT)) {
+        let from_poll = events[..count].iter().map(|event| (event.data(), event.event_set()));
+        for (token, events) in from_poll.chain(ready.then_some((INPUT, EventSet::IN))) {
             match token {
                 MACHINE => owner.handle_events(),
                 SIGNALS => {
@@ -152,13 +157,13 @@ fn serve_until(
                 _ => {
                     let Some(machine) = owner.machine() else { continue };
                     match token {
-                        ROOM => {
-                            let _ = machine.serial().room().read();
+                        SERIAL => {
+                            let _ = machine.serial().wake().read();
                             console.push(machine.serial());
                         }
                         LISTENER => console.accept(machine.serial()),
                         _ => {
-                            if console.read_input(machine.serial()) == Some(Action::Quit) {
+                            if console.go_on(events, machine.serial()) == Some(Action::Quit) {
                                 owner.kill();
                             }
                         }
@@ -213,7 +218,7 @@ impl InputWatch {
             let _ = epoll.ctl(ControlOperation::Delete, old.fd, EpollEvent::default());
         }
         let Some(new) = wanted else { return Ok(false) };
-        match epoll.ctl(ControlOperation::Add, new.fd, EpollEvent::new(EventSet::IN, INPUT)) {
+        match epoll.ctl(ControlOperation::Add, new.fd, EpollEvent::new(new.events, INPUT)) {
             Ok(()) => self.watched = wanted,
             Err(error) if error.kind() == io::ErrorKind::PermissionDenied => return Ok(true),
             Err(error) => return Err(error),

@@ -4,7 +4,7 @@ use std::fs::File;
 use std::io::{self, Write};
 use std::os::fd::{AsFd, BorrowedFd};
 use std::os::unix::net::UnixStream;
-use std::sync::{Arc, Mutex, PoisonError, TryLockError};
+use std::sync::{Arc, Mutex, MutexGuard, PoisonError, TryLockError};
 
 use serde::{Deserialize, Serialize};
 use vm_superio::serial::SerialEvents;
@@ -20,8 +20,32 @@ use crate::observe::{Milestone, Timeline};
 pub enum SerialOutput {
     Null,
     File(File),
-    /// Whoever is connected; nobody at first. A reader that is too slow loses bytes.
-    Socket(Option<UnixStream>),
+    /// Whoever is connected; nobody at first.
+    Socket(Option<Client>),
+}
+
+/// Most bytes that wait for a client that does not read. What comes after them is lost.
+const BACKLOG: usize = 64 << 10;
+
+/// A client of the socket, which takes no byte while it does not read: one that comes alone costs a socket as much room as a
+/// thousand together.
+pub struct Client {
+    stream: UnixStream,
+    backlog: Vec<u8>,
+}
+
+impl Client {
+    /// Sends what waits, as far as the socket takes it.
+    fn flush(&mut self) -> io::Result<()> {
+        while !self.backlog.is_empty() {
+            match self.stream.write(&self.backlog) {
+                Ok(count) => drop(self.backlog.drain(..count)),
+                Err(error) if error.kind() == io::ErrorKind::WouldBlock => break,
+                Err(error) => return Err(error),
+            }
+        }
+        Ok(())
+    }
 }
 
 struct Output {
@@ -29,6 +53,7 @@ struct Output {
     /// What comes too fast is lost: a vCPU must not wait for its console.
     limiter: Limiter,
     timeline: Arc<Timeline>,
+    wake: EventFd,
 }
 
 impl Write for Output {
@@ -41,11 +66,17 @@ impl Write for Output {
             SerialOutput::Null | SerialOutput::Socket(None) => Ok(bytes.len()),
             // A full disk or a closed pipe loses console output, not the VM.
             SerialOutput::File(file) => file.write(bytes),
-            SerialOutput::Socket(Some(stream)) => {
-                match stream.write(bytes) {
-                    Err(error) if error.kind() == io::ErrorKind::WouldBlock => {}
-                    Err(_) => self.to = SerialOutput::Socket(None),
-                    Ok(_) => {}
+            SerialOutput::Socket(Some(client)) => {
+                let waits = !client.backlog.is_empty();
+                if client.backlog.len() < BACKLOG {
+                    client.backlog.extend_from_slice(bytes);
+                }
+                if !waits {
+                    if client.flush().is_err() {
+                        self.to = SerialOutput::Socket(None);
+                    } else if !client.backlog.is_empty() {
+                        let _ = self.wake.write(1);
+                    }
                 }
                 Ok(bytes.len())
             }
@@ -84,7 +115,7 @@ impl SerialEvents for Room {
 pub enum Enqueued {
     /// The guest's FIFO took this many bytes, at least one.
     Taken(usize),
-    /// Wait for [`SerialPort::room`].
+    /// Wait for [`SerialPort::wake`].
     Full,
     /// A vCPU is just writing, perhaps to an output that is slow: try again in a moment.
     Busy,
@@ -126,7 +157,7 @@ impl SerialStateV1 {
 /// The port, shared by the vCPUs (through [`SerialDevice`]) and whoever feeds its input.
 pub struct SerialPort {
     uart: Mutex<Serial<Line, Room, Output>>,
-    room: EventFd,
+    wake: EventFd,
 }
 
 impl SerialPort {
@@ -140,15 +171,15 @@ impl SerialPort {
         timeline: Arc<Timeline>,
         saved: Option<&SerialStateV1>,
     ) -> io::Result<Self> {
-        let room = EventFd::new(libc::EFD_NONBLOCK | libc::EFD_CLOEXEC)?;
-        let (line, events) = (Line(interrupt), Room(room.try_clone()?));
-        let output = Output { to, limiter: Limiter::default(), timeline };
+        let wake = EventFd::new(libc::EFD_NONBLOCK | libc::EFD_CLOEXEC)?;
+        let (line, events) = (Line(interrupt), Room(wake.try_clone()?));
+        let output = Output { to, limiter: Limiter::default(), timeline, wake: wake.try_clone()? };
         let uart = match saved {
             None => Serial::with_events(line, events, output),
             Some(state) => Serial::from_state(&state.registers(), line, events, output)
                 .map_err(|_| io::Error::new(io::ErrorKind::InvalidData, "more input than a port holds"))?,
         };
-        Ok(Self { uart: Mutex::new(uart), room })
+        Ok(Self { uart: Mutex::new(uart), wake })
     }
 
     /// What it is; no vCPU may be at it.
@@ -170,11 +201,7 @@ impl SerialPort {
 
     /// Offers input to the guest.
     pub fn enqueue(&self, bytes: &[u8]) -> Enqueued {
-        let mut uart = match self.uart.try_lock() {
-            Ok(uart) => uart,
-            Err(TryLockError::Poisoned(uart)) => uart.into_inner(),
-            Err(TryLockError::WouldBlock) => return Enqueued::Busy,
-        };
+        let Some(mut uart) = self.try_lock() else { return Enqueued::Busy };
         if uart.fifo_capacity() == 0 {
             return Enqueued::Full;
         }
@@ -185,10 +212,30 @@ impl SerialPort {
         }
     }
 
-    /// Readable when the guest has taken all its input.
+    fn try_lock(&self) -> Option<MutexGuard<'_, Serial<Line, Room, Output>>> {
+        match self.uart.try_lock() {
+            Ok(uart) => Some(uart),
+            Err(TryLockError::Poisoned(uart)) => Some(uart.into_inner()),
+            Err(TryLockError::WouldBlock) => None,
+        }
+    }
+
+    /// Sends what waits for the socket's client; does something wait still? Nothing comes back while a vCPU is writing.
+    pub fn flush(&self) -> Option<bool> {
+        let mut uart = self.try_lock()?;
+        let output = uart.writer_mut();
+        let SerialOutput::Socket(Some(client)) = &mut output.to else { return Some(false) };
+        if client.flush().is_err() {
+            output.to = SerialOutput::Socket(None);
+            return Some(false);
+        }
+        Some(!client.backlog.is_empty())
+    }
+
+    /// Readable when the guest has taken all its input, and when output begins to wait for the socket's client.
     #[must_use]
-    pub fn room(&self) -> &EventFd {
-        &self.room
+    pub fn wake(&self) -> &EventFd {
+        &self.wake
     }
 
     /// Limits the output; see [`Limiter::update`].
@@ -203,8 +250,9 @@ impl SerialPort {
         std::mem::replace(&mut uart.writer_mut().to, SerialOutput::Null)
     }
 
-    /// Sends output to a new client of the socket, instead of the one before.
-    pub fn connect(&self, client: UnixStream) {
+    /// Sends output to a new client of the socket, which does not block, instead of the one before.
+    pub fn connect(&self, stream: UnixStream) {
+        let client = Client { stream, backlog: Vec::new() };
         self.uart.lock().unwrap_or_else(PoisonError::into_inner).writer_mut().to = SerialOutput::Socket(Some(client));
     }
 }

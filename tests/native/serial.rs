@@ -1,7 +1,8 @@
 //! What goes in and out of the serial port.
 
-use std::io::Write;
+use std::io::{Read, Write};
 use std::os::unix::net::UnixStream;
+use std::path::Path;
 use std::time::Instant;
 
 use tempfile::tempdir;
@@ -47,20 +48,25 @@ fn output_goes_to_a_file_or_nowhere() {
     assert_eq!(output_of(guest("hello", "x").args(["--serial", "null"])), "");
 }
 
+/// Connects when there is somebody.
+fn connect(path: &Path) -> UnixStream {
+    let deadline = Instant::now() + LIMIT;
+    loop {
+        match UnixStream::connect(path) {
+            Ok(client) => return client,
+            Err(error) => assert!(Instant::now() < deadline, "{error}"),
+        }
+        std::thread::sleep(std::time::Duration::from_millis(5));
+    }
+}
+
 #[test]
 fn a_socket_serves_one_client_after_another() {
     let dir = tempdir().unwrap();
     let path = dir.path().join("console.sock");
     let running = Running::start(guest("hello", "end=echo").args(["--serial", &format!("socket={}", path.display())]));
     let talk = |text: &str| {
-        let deadline = Instant::now() + LIMIT;
-        let mut client = loop {
-            match UnixStream::connect(&path) {
-                Ok(client) => break client,
-                Err(error) => assert!(Instant::now() < deadline, "{error}"),
-            }
-            std::thread::sleep(std::time::Duration::from_millis(5));
-        };
+        let mut client = connect(&path);
         let said = Transcript::of(client.try_clone().unwrap());
         client.write_all(text.as_bytes()).unwrap();
         said.wait_for(text, LIMIT);
@@ -72,6 +78,37 @@ fn a_socket_serves_one_client_after_another() {
     let ended = running.wait(LIMIT).expect_code(0);
     assert_eq!(ended.output, "");
     assert!(!path.exists(), "the socket is gone with the VM");
+}
+
+/// A socket has room for some hundred bytes that come one by one.
+#[test]
+fn a_client_of_the_socket_may_take_its_time() {
+    let dir = tempdir().unwrap();
+    let path = dir.path().join("console.sock");
+    let running = Running::start(guest("hello", "end=echo").args(["--serial", &format!("socket={}", path.display())]));
+    let mut client = connect(&path);
+    let input = bytes(20_000);
+    client.write_all(&input).unwrap();
+    let (mut waits, mut before) = (0, u64::MAX);
+    while waits != before || waits == 0 {
+        before = waits;
+        std::thread::sleep(std::time::Duration::from_millis(100));
+        waits = rustix::io::ioctl_fionread(&client).unwrap();
+    }
+    client.set_read_timeout(Some(LIMIT)).unwrap();
+    let mut said = Vec::new();
+    while !said.ends_with(&input) {
+        let mut some = [0; 4096];
+        let count = client.read(&mut some).unwrap();
+        assert!(count > 0, "it ends after {} bytes", said.len());
+        said.extend_from_slice(&some[..count]);
+        assert!(said.len() < input.len() + 1000, "something is lost");
+    }
+    client.write_all(b"the last words q").unwrap();
+    let mut last = String::new();
+    client.read_to_string(&mut last).unwrap();
+    assert_eq!(last, "the last words q");
+    running.wait(LIMIT).expect_code(0);
 }
 
 #[test]
