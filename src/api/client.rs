@@ -13,6 +13,8 @@ const MAX_BODY: usize = 16 << 20;
 /// Bytes in a line of an answer's head, and how many lines.
 const MAX_LINE: u64 = 8 << 10;
 const MAX_HEADERS: usize = 128;
+/// Answers that come before one (RFC 9110, section 15.2).
+const MAX_INTERIM: usize = 16;
 
 #[derive(Debug, Error)]
 pub enum ClientError {
@@ -116,13 +118,14 @@ impl<S: Read + Write> Client<S> {
             Err(error) if error.kind() == io::ErrorKind::BrokenPipe => {}
             written => written?,
         }
-        loop {
+        for _ in 0..MAX_INTERIM {
             let head = Head::read(&mut self.stream)?;
             // Those below are not the answer yet.
             if head.status >= 200 {
                 return Ok(head);
             }
         }
+        Err(ClientError::NotHttp("too many answers that are none yet"))
     }
 }
 

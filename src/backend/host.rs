@@ -12,6 +12,7 @@ use std::os::unix::net::{UnixListener, UnixStream};
 use std::path::{Path, PathBuf};
 
 use rustix::fs::{AtFlags, CWD, OFlags};
+use rustix::net::{AddressFamily, SocketAddrUnix, SocketFlags, SocketType};
 use serde::{Deserialize, Serialize};
 
 use super::kernel_cache::KernelCache;
@@ -93,6 +94,11 @@ pub enum Deed {
         from: PathBuf,
         to: PathBuf,
     },
+    /// The same of the state of a snapshot in two files.
+    ReplaceState {
+        from: PathBuf,
+        to: PathBuf,
+    },
     RemoveFile(PathBuf),
     RemoveTree(PathBuf),
     /// Nobody is to write to the file any more.
@@ -100,7 +106,7 @@ pub enum Deed {
 }
 
 /// Something that a VM may ask for.
-#[derive(Debug, Clone, PartialEq, Eq)]
+#[derive(Debug, Clone, PartialEq, Eq, Serialize, Deserialize)]
 pub enum Right {
     Open(HostFile),
     Perform(Deed),
@@ -166,6 +172,14 @@ pub trait HostFiles: Send + Sync {
         Err(TapError::NoSuchTap(name.into()))
     }
 
+    /// Where a path leads that may begin where this program was started.
+    fn absolute(&self, path: &Path) -> PathBuf {
+        std::path::absolute(path).unwrap_or_else(|_| path.to_owned())
+    }
+
+    /// Has no use for something any more: it may be asked for when somebody has named it anew.
+    fn let_go(&self, _right: &Right) {}
+
     /// Starts passt, as a child of whoever holds the rights.
     ///
     /// # Errors
@@ -219,7 +233,7 @@ impl HostFiles for OpenDirectly {
                 rustix::fs::fcntl_setfl(&file, rustix::fs::fcntl_getfl(&file)? - OFlags::NONBLOCK)?;
                 Ok(file)
             }
-            HostFile::Read(path) => options.read(true).open(path),
+            HostFile::Read(path) => options.read(true).custom_flags(libc::O_NONBLOCK).open(path),
             HostFile::New(path) => options.read(true).write(true).create_new(true).open(path),
             HostFile::Replacement(path) => options.read(true).write(true).create(true).truncate(true).open(path),
             HostFile::Nameless(dir) => nameless(dir),
@@ -251,13 +265,16 @@ impl HostFiles for OpenDirectly {
                 shelf::rename_to_free(from, to)?;
                 shelf::sync_parent(to)
             }
-            Deed::Replace { from, to } => {
+            Deed::Replace { from, to } | Deed::ReplaceState { from, to } => {
                 fs::rename(from, to)?;
                 shelf::sync_parent(to)
             }
             Deed::RemoveFile(path) => fs::remove_file(path),
             Deed::RemoveTree(path) => fs::remove_dir_all(path),
-            Deed::MakeReadOnly(path) => fs::set_permissions(path, fs::Permissions::from_mode(0o444)),
+            Deed::MakeReadOnly(path) => {
+                let mode = fs::metadata(path)?.permissions().mode();
+                fs::set_permissions(path, fs::Permissions::from_mode(mode & !0o222))
+            }
         }
     }
 
@@ -278,7 +295,8 @@ impl HostFiles for OpenDirectly {
     }
 
     fn connect(&self, path: &Path) -> io::Result<Peer> {
-        let socket = UnixStream::connect(path)?;
+        let socket = connect_at_once(path)?;
+        socket.set_nonblocking(false)?;
         let process = process_of_peer(&socket);
         Ok(Peer { socket, process })
     }
@@ -288,7 +306,7 @@ impl HostFiles for OpenDirectly {
             Err(error) if error.kind() == io::ErrorKind::AddrInUse => {
                 // Connecting to what is no socket at all is refused just the same.
                 let is_socket = std::fs::symlink_metadata(path)?.file_type().is_socket();
-                let refused = || UnixStream::connect(path).is_err_and(|e| e.kind() == io::ErrorKind::ConnectionRefused);
+                let refused = || connect_at_once(path).is_err_and(|e| e.kind() == io::ErrorKind::ConnectionRefused);
                 if !is_socket || !refused() {
                     return Err(error);
                 }
@@ -302,6 +320,14 @@ impl HostFiles for OpenDirectly {
     fn kernel_cache(&self) -> KernelCache {
         KernelCache::of_user()
     }
+}
+
+/// Connects without waiting: whoever listens there, and has as many clients waiting as there may be, is somebody.
+fn connect_at_once(path: &Path) -> io::Result<UnixStream> {
+    let flags = SocketFlags::CLOEXEC | SocketFlags::NONBLOCK;
+    let socket = rustix::net::socket_with(AddressFamily::UNIX, SocketType::STREAM, flags, None)?;
+    rustix::net::connect(&socket, &SocketAddrUnix::new(path)?)?;
+    Ok(socket.into())
 }
 
 /// The files of this process, by their descriptors.

@@ -1,5 +1,6 @@
 //! `tranche api`, `pause`, `resume` and `power`: a running VM's API from the command line.
 
+use std::io::{self, IsTerminal};
 use std::path::Path;
 use std::process::ExitCode;
 
@@ -116,7 +117,11 @@ fn exchange(socket: &Path, method: &str, path: &str, body: Option<&[u8]>) -> Res
     while let Some(bytes) = answer.next_bytes()? {
         let text = String::from_utf8_lossy(&bytes);
         complete = text.ends_with('\n');
-        if done { exit::print(&text) } else { exit::say(&text) }
+        if done {
+            exit::print(&exit::for_reader(&text, io::stdout().is_terminal()));
+        } else {
+            exit::say(&exit::for_reader(&text, io::stderr().is_terminal()));
+        }
     }
     if !complete {
         if done { exit::print("\n") } else { exit::say("\n") }

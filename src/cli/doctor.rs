@@ -139,22 +139,29 @@ fn examine_jail() -> Vec<Finding> {
             Err(error) => Finding::new("cgroup", Verdict::Missing, error.to_string()).advise(error.hint()),
         },
         Finding::new("limits", Verdict::Ok, "threads, address space; no core dumps, no message queues"),
-        profile(),
+        layer(Layer::Profile, profile(), "load resources/apparmor/tranche as a whole (docs/jail.md)"),
         layer(
             Layer::Landlock,
             format!("version {landlock}: {restricts}"),
             "boot with 'lsm=landlock,...' on Linux 5.13 or newer",
         ),
-        Finding::new("seccomp", Verdict::Ok, "a policy for each kind of thread: main, vcpu, api, io"),
+        seccomp(),
     ]
 }
 
-/// What a security module of the host's has the program for: a VMM gets a narrower profile below it.
-fn profile() -> Finding {
+/// What a security module of the host's has the program for: a VMM gets a narrower profile below ours.
+fn profile() -> String {
     match read("/proc/self/attr/apparmor/current") {
-        Some(label) if label != "unconfined" => Finding::new("profile", Verdict::Ok, format!("AppArmor: {label}")),
-        _ => Finding::new("profile", Verdict::Ok, "none of AppArmor; the jail does without (docs/jail.md)"),
+        Some(label) if label != "unconfined" => format!("AppArmor: {label}"),
+        _ => "none of AppArmor; the jail does without (docs/jail.md)".into(),
     }
+}
+
+fn seccomp() -> Finding {
+    let is_there = read("/proc/sys/kernel/seccomp/actions_avail").is_some_and(|actions| actions.contains("trap"));
+    let found = if is_there { "a policy for each kind of thread: main, vcpu, api, io" } else { "not in this kernel" };
+    let finding = Finding::of("seccomp", is_there, found, "a kernel with CONFIG_SECCOMP_FILTER");
+    if is_there { finding } else { Finding { verdict: Verdict::Fail, ..finding } }
 }
 
 fn table(findings: &[Finding]) -> String {

@@ -1,5 +1,6 @@
 //! Exit codes, and errors as a user reads them: what failed, why, and what to do.
 
+use std::borrow::Cow;
 use std::error::Error;
 use std::fmt::Write as _;
 use std::io::{self, Write as _};
@@ -269,6 +270,13 @@ pub fn one_line(error: &dyn Error) -> String {
 /// Writes to standard output, as far as somebody listens.
 pub fn print(text: &str) {
     let _ = io::stdout().write_all(text.as_bytes());
+}
+
+/// Text of another process, which may have been taken over: with nothing for a terminal to act on, if one shows it.
+#[must_use]
+pub fn for_reader(text: &str, is_terminal: bool) -> Cow<'_, str> {
+    let acts = |char: char| char.is_control() && !matches!(char, '\n' | '\t');
+    if is_terminal && text.contains(acts) { Cow::Owned(text.replace(acts, "\u{fffd}")) } else { Cow::Borrowed(text) }
 }
 
 /// Writes to standard error. Nobody is left to tell when that is closed; the exit code still is.

@@ -249,7 +249,7 @@ fn run(args: &FirecrackerArgs, timeline: &Arc<Timeline>) -> Result<Served, Failu
         // Whoever asks for metrics cannot have it opened.
         let _ = keep_mappings();
         threads::confine_with(jail::confine_opener);
-        owner.before_guest(Box::new(|| threads::confine(Kind::Main)));
+        owner.before_guest(Box::new(|_| threads::confine(Kind::Main)));
     }
     let api =
         if args.no_api { None } else { Some(listen(&args.api_sock, args.http_api_max_payload_size, owner.view())?) };

@@ -2,8 +2,8 @@
 //!
 //! Unjailed, both sides are this process.
 
-use std::io;
-use std::io::Write;
+use std::fs::File;
+use std::io::{self, Write};
 use std::os::fd::OwnedFd;
 use std::os::unix::net::UnixStream;
 use std::path::Path;
@@ -20,8 +20,8 @@ use super::start_error::StartError;
 use super::terminal::RawTerminal;
 use crate::backend::disk::uring::make_last_rings;
 use crate::backend::{HostFiles, OpenDirectly, Right};
-use crate::config::{JailLevel, MemorySize, SerialConfig};
-use crate::control::{Call, Keeper, Owner, Size};
+use crate::config::{JailLevel, SerialConfig};
+use crate::control::{Call, Keeper, NextSize, Owner};
 use crate::jail::{self, Ask, AskParent, Cgroup, Given, JailError, News, Parent, Policy, Side};
 use crate::machine::{Budgets, End};
 use crate::memory::release_startup_code;
@@ -30,6 +30,12 @@ use crate::threads::{self, Kind};
 /// How long clients may take in the end to take in their last answers, in milliseconds.
 const LAST_PATIENCE: i64 = 500;
 
+/// So many signals that ask for an end have the VMM killed, whatever it is about to do.
+const PRESSES: u32 = 3;
+
+/// Most sizes that are remembered for a VMM that does not take them up.
+const MOST_SIZES: usize = 16;
+
 /// What is there before there is a jail.
 pub struct Outside {
     pub jail: JailArgs,
@@ -37,6 +43,8 @@ pub struct Outside {
     pub signals: Signals,
     /// What the VM may have besides what it asks for before its guest runs.
     pub rights: Vec<Right>,
+    /// Its console is what the program was started with.
+    reads_stdin: bool,
     pub duties: Duties,
 }
 
@@ -53,7 +61,8 @@ impl Outside {
             SerialConfig::Socket(path) => vec![Right::Listen(path.clone())],
             _ => Vec::new(),
         };
-        Ok(Self { jail: jail.clone(), api, signals, rights, duties: Duties::default() })
+        let reads_stdin = *console == SerialConfig::Stdio;
+        Ok(Self { jail: jail.clone(), api, signals, rights, reads_stdin, duties: Duties::default() })
     }
 }
 
@@ -96,9 +105,9 @@ impl Inside {
         if let Some(parent) = self.parent.clone() {
             // Clients may plug in a disk.
             let spare_rings = usize::from(self.api.is_some());
-            owner.before_guest(Box::new(move || {
+            owner.before_guest(Box::new(move |disks| {
                 make_last_rings(spare_rings);
-                parent.ask(&Ask::Freeze, None)?;
+                parent.ask(&Ask::Freeze(disks), None)?;
                 threads::confine(Kind::Main)
             }));
         }
@@ -141,7 +150,7 @@ pub fn conclude(ended: Result<End, StartError>) -> Outcome {
 }
 
 fn try_run(outside: Outside, inside: impl FnOnce(Inside) -> Result<End, StartError>) -> Result<Outcome, StartError> {
-    let Outside { jail, api, signals, rights, mut duties } = outside;
+    let Outside { jail, api, signals, rights, reads_stdin, mut duties } = outside;
     let (level, share) = (jail.level(), jail.share);
     let budgets = Budgets::from(&share);
     let host = |error| StartError::Machine(resources("make a jail")(error));
@@ -164,6 +173,11 @@ fn try_run(outside: Outside, inside: impl FnOnce(Inside) -> Result<End, StartErr
         None => (None, None),
     };
     let (pass_on, passed_on) = UnixStream::pair().map_err(host)?;
+    pass_on.set_nonblocking(true).map_err(host)?;
+    // A terminal is not to be read by who has no business with it.
+    let no_input = if reads_stdin { None } else { Some(File::open("/dev/null").map_err(host)?) };
+    // The VMM's own is an empty one.
+    let directory = std::env::current_dir().unwrap_or_default();
     let cgroup = match Cgroup::make(&share) {
         Err(error) if share.needs_cgroup() => return Err(StartError::Jail(error.into())),
         made => made.ok(),
@@ -175,18 +189,21 @@ fn try_run(outside: Outside, inside: impl FnOnce(Inside) -> Result<End, StartErr
             }
             // What is this side's is not the other's. The store's lock stays: as long as the VMM lives, its VM does.
             front.into_iter().for_each(ApiFront::forget);
+            if let Some(none) = no_input {
+                rustix::stdio::dup2_stdin(none).map_err(|error| host(error.into()))?;
+            }
             drop((pass_on, signals));
             std::mem::forget(cgroup);
             std::mem::forget(duties.split.take());
-            let parent = AskParent::new(socket);
+            let parent = AskParent::new(socket, directory);
             threads::confine_with(jail::confine_thread);
             let told = parent.clone();
             let started: Box<dyn FnOnce()> = Box::new(move || drop(told.ask(&Ask::Started, None)));
             let keep = parent.clone();
             let keeper = duties.keeper.take().map(|keeper| {
                 std::mem::forget(keeper);
-                let ask = move |Size { cpus, memory }| Ask::KeepSize { cpus, memory: memory.0 };
-                let keeper = move |size| keep.ask(&ask(size), None).map(drop).map_err(|error| error.to_string());
+                let keeper =
+                    move |size| keep.ask(&Ask::KeepSize(size), None).map(drop).map_err(|error| error.to_string());
                 Box::new(keeper) as Keeper
             });
             std::mem::forget(duties.started.take());
@@ -214,7 +231,8 @@ fn try_run(outside: Outside, inside: impl FnOnce(Inside) -> Result<End, StartErr
             duties.console.take().map_or(Ok(()), |serve| serve()).map_err(host)?;
             let terminal = RawTerminal::guard().map_err(host)?;
             let parent = Parent::new(socket, pid, Policy::knowing(rights), cgroup);
-            let outcome = Supervisor { parent, process, pass_on, signals, front, duties }.supervise(pid)?;
+            let outcome =
+                Supervisor { parent, process, pass_on, signals, front, duties, sizes: Vec::new() }.supervise(pid)?;
             drop(terminal);
             Ok(outcome.unwrap_or_else(|unnatural| unnatural.report()))
         }
@@ -229,6 +247,8 @@ struct Supervisor {
     signals: Signals,
     front: Option<ApiFront>,
     duties: Duties,
+    /// What clients have asked for, and the VMM has not said yet that it is to be.
+    sizes: Vec<NextSize>,
 }
 
 /// An end that the VMM has not told of.
@@ -245,8 +265,13 @@ impl Supervisor {
     fn supervise(mut self, pid: i32) -> Result<Result<Outcome, Unnatural>, StartError> {
         let failed = |source: io::Error| JailError::Host { what: "no events", source };
         let mut end = None;
+        let mut presses = 0;
         loop {
-            let mut wanted = vec![PollFd::new(&self.parent, PollFlags::IN), PollFd::new(&self.signals, PollFlags::IN)];
+            let mut wanted = vec![
+                PollFd::new(&self.parent, PollFlags::IN),
+                PollFd::new(&self.signals, PollFlags::IN),
+                PollFd::new(&self.process, PollFlags::IN),
+            ];
             if let Some(front) = &self.front {
                 wanted.extend(front.relay.wanted());
             }
@@ -260,15 +285,28 @@ impl Supervisor {
                 while let Some(signal) = self.signals.next() {
                     // One that is far behind is about to end.
                     let _ = self.pass_on.write(&[signal as u8]);
+                    presses += 1;
+                }
+                // The first is the VM's own business, the second one the VMM's. It may be in other hands.
+                if presses >= PRESSES {
+                    end.get_or_insert_with(|| Ok(ended_by_force()));
+                    break;
                 }
             }
             if let Some(front) = &mut self.front {
-                let (policy, mut more, mut disks) = (&mut self.parent.policy, 0, Vec::new());
-                front.relay.go_on(&ready[2..], &mut |call| {
-                    call.named().into_iter().for_each(|rights| policy.name(rights));
+                let (policy, sizes) = (&mut self.parent.policy, &mut self.sizes);
+                let (mut more, mut disks, mut largest) = (0, Vec::new(), 0);
+                front.relay.go_on(&ready[3..], &mut |call| {
+                    policy.hear(call);
                     match call {
-                        Call::Resize(request) => more = u64::saturating_add(more, request.memory_bytes.unwrap_or(0)),
+                        Call::Resize(request) => {
+                            more = u64::saturating_add(more, request.memory_bytes.unwrap_or(0));
+                            sizes.truncate(MOST_SIZES - 1);
+                            sizes.extend(NextSize::of(request));
+                            largest = request.disks.values().copied().fold(largest, u64::max);
+                        }
                         Call::PatchDrive(patch) => disks.extend(patch.path_on_host.clone()),
+                        Call::PutDrive(drive) => disks.extend(drive.path_on_host.clone()),
                         _ => {}
                     }
                 });
@@ -280,9 +318,13 @@ impl Supervisor {
                 for disk in disks {
                     let _ = self.parent.allow_disk(&disk);
                 }
+                if largest > 0 {
+                    let _ = self.parent.allow_files(largest);
+                }
             }
             if ready[0].is_empty() {
-                continue;
+                // It may have given its end of the socket to somebody who keeps it.
+                if ready[2].is_empty() { continue } else { break }
             }
             match self.parent.serve() {
                 News::Nothing => {}
@@ -294,10 +336,12 @@ impl Supervisor {
                     // What has brought it here is not needed any more.
                     release_startup_code();
                 }
-                News::KeepSize { cpus, memory } => {
-                    let kept = match &mut self.duties.keeper {
-                        Some(keeper) => keeper(Size { cpus, memory: MemorySize(memory) }),
-                        None => Ok(()),
+                News::KeepSize(size) => {
+                    let asked = self.sizes.iter().position(|asked| *asked == size);
+                    let kept = match (&mut self.duties.keeper, asked.map(|index| self.sizes.swap_remove(index))) {
+                        (Some(keeper), Some(size)) => keeper(size),
+                        (None, _) => Ok(()),
+                        (_, None) => Err("no client has asked for that size".to_owned()),
                     };
                     let given = kept.map_or_else(|why| Given::Failed(io::Error::other(why)), |()| Given::Done);
                     self.parent.answer(&given, &[]);
@@ -322,6 +366,12 @@ impl Supervisor {
         let by_signal = status.and_then(|(_, status)| status.terminating_signal());
         Ok(end.unwrap_or(Err(by_signal.map_or(Unnatural::Silent, Unnatural::Signal))))
     }
+}
+
+fn ended_by_force() -> Outcome {
+    let reason = "ended by a third signal".to_owned();
+    exit::say(&format!("tranche: {reason}\n"));
+    Outcome { code: Exit::Killed as u8, reason }
 }
 
 /// What a VMM says of itself, which may have been taken over: short, and nothing for a terminal to act on.

@@ -6,7 +6,7 @@ use crate::backend::{HostFile, Right};
 use crate::config::firecracker as fc;
 use crate::snapshot::{NewFiles, NewFolder};
 
-use super::{Fault, ResizeRequest, RestoreRequest, SnapshotRequest};
+use super::{Drives, Fault, ResizeRequest, RestoreRequest, SnapshotRequest};
 
 /// A request to the owner. Bodies are checked as far as they can be by themselves.
 #[derive(Debug, Clone, PartialEq, Eq)]
@@ -99,22 +99,22 @@ impl Call {
     }
 
     /// What a VM may ask its host for because a client has named it, call by call as groups of what is done once. Calls from
-    /// before the start name nothing: until then, a VM asks for what it likes.
+    /// before the start name nothing: until then, a VM asks for what it likes. `drives` are those there are.
     #[must_use]
-    pub fn named(&self) -> Vec<Vec<Right>> {
+    pub fn named(&self, drives: &Drives) -> Vec<Vec<Right>> {
         let disk = |path: &PathBuf, read_only| Right::Open(HostFile::Disk { path: path.clone(), read_only });
         match self {
             Self::PutDrive(drive) => {
                 let path = drive.path_on_host.iter();
                 vec![path.map(|path| disk(path, drive.is_read_only.unwrap_or(false))).collect()]
             }
-            // The drive knows whether it is written to.
-            Self::PatchDrive(patch) => patch.path_on_host.iter().map(|path| vec![disk(path, false)]).collect(),
+            Self::PatchDrive(patch) => {
+                let read_only = drives.get(&patch.drive_id).copied().unwrap_or(true);
+                patch.path_on_host.iter().map(|path| vec![disk(path, read_only)]).collect()
+            }
             Self::PutNetwork(nic) => vec![vec![Right::JoinTap(nic.host_dev_name.clone())]],
             Self::Snapshot(request) => vec![NewFolder::rights(&request.path)],
-            Self::CreateFiles(request) => {
-                [&request.snapshot_path, &request.mem_file_path].map(|path| NewFiles::rights(path)).into()
-            }
+            Self::CreateFiles(request) => NewFiles::rights(&request.snapshot_path, &request.mem_file_path),
             Self::GetInstance
             | Self::GetVersion
             | Self::GetDescription

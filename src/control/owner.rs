@@ -1,8 +1,11 @@
 //! The one owner of a VM: knows what may be asked when, and does it.
 
+use std::collections::BTreeMap;
 use std::io;
 use std::path::Path;
 use std::sync::Arc;
+
+use serde::{Deserialize, Serialize};
 
 use super::latencies::Latencies;
 use super::metrics::{ApiCounts, MetricsFile};
@@ -67,7 +70,18 @@ impl Identity {
 pub const FIRECRACKER_VERSION: &str = "1.17.0";
 
 /// Done once, before a guest's first instruction.
-pub type BeforeGuest = Box<dyn FnOnce() -> io::Result<()> + Send>;
+pub type BeforeGuest = Box<dyn FnOnce(Disks) -> io::Result<()> + Send>;
+
+/// The drives by their ids: is a drive only read?
+pub type Drives = BTreeMap<String, bool>;
+
+/// The disks of a VM whose guest is about to run.
+#[derive(Debug, Clone, PartialEq, Eq, Serialize, Deserialize)]
+pub struct Disks {
+    pub drives: Drives,
+    /// Bytes of the largest one, as its guest sees it.
+    pub largest: u64,
+}
 
 /// A VM and its clients.
 pub struct Owner {
@@ -151,10 +165,13 @@ impl Owner {
     }
 
     /// To be called before a guest may run.
-    pub(super) fn prepare_for_guest(&mut self) -> Result<(), MachineError> {
-        self.before_guest.take().map_or(Ok(()), |work| work()).map_err(|source| {
+    pub(super) fn prepare_for_guest(&mut self, machine: &Machine) -> Result<(), MachineError> {
+        let Some(work) = self.before_guest.take() else { return Ok(()) };
+        let drives = machine.disks().map(|(id, disk)| (id.to_owned(), disk.read_only())).collect();
+        let largest = machine.disks().map(|(_, disk)| disk.bytes()).max().unwrap_or(0);
+        work(Disks { drives, largest }).map_err(|source| {
             // Without that, nothing may run.
-            self.before_guest = Some(Box::new(|| Err(io::ErrorKind::PermissionDenied.into())));
+            self.before_guest = Some(Box::new(|_| Err(io::ErrorKind::PermissionDenied.into())));
             MachineError::Host { what: "give up rights that nobody needs any more", source }
         })
     }
@@ -322,7 +339,7 @@ impl Owner {
         parts.budgets = self.budgets();
         let mut machine = Machine::build(parts, &*self.host, &self.timeline)?;
         machine.serial().limit(self.plan.serial_limits);
-        self.prepare_for_guest()?;
+        self.prepare_for_guest(&machine)?;
         machine.start()?;
         self.install(machine);
         self.write_metrics();
@@ -334,7 +351,7 @@ impl Owner {
     /// # Errors
     /// When the host has no threads left.
     pub fn adopt(&mut self, mut machine: Machine, config: &VmConfig) -> Result<(), MachineError> {
-        self.prepare_for_guest()?;
+        self.prepare_for_guest(&machine)?;
         machine.start()?;
         self.install(machine);
         self.plan.describe(config);

@@ -30,8 +30,24 @@ pub struct Size {
     pub memory: MemorySize,
 }
 
+/// What of a VM's size is to be something else from its next start on.
+#[derive(Debug, Clone, Copy, PartialEq, Eq, Serialize, Deserialize)]
+pub struct NextSize {
+    pub cpus: Option<u8>,
+    pub memory: Option<MemorySize>,
+}
+
+impl NextSize {
+    /// What a client asks for; none if that can be had at once.
+    #[must_use]
+    pub fn of(request: &ResizeRequest) -> Option<Self> {
+        let next = Self { cpus: request.vcpus, memory: request.memory_bytes.map(MemorySize) };
+        (next.cpus.is_some() || next.memory.is_some()).then_some(next)
+    }
+}
+
 /// Has whoever keeps a VM's definition remember its size.
-pub type Keeper = Box<dyn FnMut(Size) -> Result<(), String> + Send>;
+pub type Keeper = Box<dyn FnMut(NextSize) -> Result<(), String> + Send>;
 
 impl Owner {
     /// From now on, a size that the VM is to have later is given to `keeper` too.
@@ -70,7 +86,7 @@ impl Owner {
             return Err(Fault::BeforeStart);
         }
         if next != before {
-            if let Some(keeper) = &mut self.keeper {
+            if let (Some(keeper), Some(next)) = (&mut self.keeper, NextSize::of(request)) {
                 keeper(next).map_err(Fault::Conflict)?;
             }
             self.next_size = Some(next).filter(|next| *next != now);

@@ -1,7 +1,10 @@
 //! Changes of a VM that has been started: devices come, go, and get other limits and files.
 
+use std::path::PathBuf;
+
 use super::Fault;
 use super::owner::Owner;
+use crate::backend::{HostFile, Right};
 use crate::config::firecracker as fc;
 use crate::config::{DiskFormat, Image};
 use crate::machine::{DeviceId, Machine, OpenDisk, OpenNic};
@@ -48,9 +51,25 @@ impl Owner {
     pub(super) fn forget(&mut self, device: &DeviceId) {
         let description = &mut self.plan.description;
         match device {
-            DeviceId::Disk(id) => description.drives.retain(|drive| drive.drive_id != *id),
-            DeviceId::Nic(id) => description.network_interfaces.retain(|nic| nic.iface_id != *id),
+            DeviceId::Disk(id) => {
+                let drives = &mut description.drives;
+                let gone: Vec<_> = drives.extract_if(.., |drive| drive.drive_id == *id).collect();
+                gone.into_iter().filter_map(|drive| drive.path_on_host).for_each(|path| self.let_go_of_disk(path));
+            }
+            DeviceId::Nic(id) => {
+                let nics = &mut description.network_interfaces;
+                for nic in nics.extract_if(.., |nic| nic.iface_id == *id) {
+                    self.host.let_go(&Right::JoinTap(nic.host_dev_name));
+                }
+            }
             DeviceId::Entropy => {}
+        }
+    }
+
+    /// No drive has the file any more, or does one?
+    fn let_go_of_disk(&self, path: PathBuf) {
+        if !self.plan.description.drives.iter().any(|drive| drive.path_on_host.as_ref() == Some(&path)) {
+            self.host.let_go(&Right::Open(HostFile::Disk { path, read_only: false }));
         }
     }
 
@@ -70,7 +89,9 @@ impl Owner {
         if let Some(path) = patch.path_on_host.or(same) {
             let image = Image { format: Some(DiskFormat::Raw), backing: Vec::new() };
             machine.replace_disk(&drive.drive_id, &path, &image, &*host)?;
-            drive.path_on_host = Some(path);
+            if let Some(before) = drive.path_on_host.replace(path) {
+                self.let_go_of_disk(before);
+            }
         }
         Ok(())
     }

@@ -208,6 +208,7 @@ impl Owner {
             State::Paused { .. } | State::Pausing { .. } => true,
             _ => false,
         };
+        let host = self.host.clone();
         let mut new = new()?;
         if machine.pause()? == Pause::Pausing {
             self.go_on(!was_paused);
@@ -219,7 +220,7 @@ impl Owner {
         let saved = machine.at_rest(|rest| {
             // The state first: what was written counts as kept once memory is.
             let state = SavedState { machine: rest.state()?, description };
-            let mut config = rest.config();
+            let mut config = rest.config(&*host);
             match (&mut new, extent) {
                 (NewSnapshot::Folder(new), Extent::All { disks: true }) => {
                     for (number, disk) in config.disks.iter_mut().enumerate() {
@@ -320,7 +321,7 @@ impl Owner {
         let parts = Parts::of_saved(config, origin, console, self.identity.vcpu_thread, &*self.host)?;
         let parts = Parts { track_writes, budgets: self.budgets(), ..parts };
         let machine = Machine::build(parts, &*self.host, &self.timeline)?;
-        self.prepare_for_guest()?;
+        self.prepare_for_guest(&machine)?;
         self.install(machine);
         Arc::make_mut(&mut self.identity).transport = config.transport;
         self.plan.describe_saved(&state.description, config, track_writes);

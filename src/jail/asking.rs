@@ -7,11 +7,13 @@ use std::os::unix::net::{UnixListener, UnixStream};
 use std::path::{Path, PathBuf};
 use std::sync::{Arc, Mutex, PoisonError};
 
+use rustix::net::SendFlags;
+
 use super::wire::{self, Ask, Given, Received};
 use crate::backend::host::{DESCRIPTORS, Peer};
 use crate::backend::kernel_cache::{Key, UnpackedKernels};
 use crate::backend::tap::TapQueue;
-use crate::backend::{Deed, HostFile, HostFiles, KernelCache, PasstError, TapError, passt};
+use crate::backend::{Deed, HostFile, HostFiles, KernelCache, OpenDirectly, PasstError, Right, TapError, passt};
 use crate::config::UserNetwork;
 
 /// Asks a parent.
@@ -20,14 +22,16 @@ pub struct AskParent(Arc<Line>);
 
 struct Line {
     socket: OwnedFd,
+    /// Where paths begin, on the other side of the wall.
+    directory: PathBuf,
     /// One question at a time.
     turn: Mutex<()>,
 }
 
 impl AskParent {
     #[must_use]
-    pub fn new(socket: OwnedFd) -> Self {
-        Self(Arc::new(Line { socket, turn: Mutex::new(()) }))
+    pub fn new(socket: OwnedFd, directory: PathBuf) -> Self {
+        Self(Arc::new(Line { socket, directory, turn: Mutex::new(()) }))
     }
 
     /// Asks for something; what is refused is an error.
@@ -36,7 +40,7 @@ impl AskParent {
     /// The parent's, or the host's.
     pub fn ask(&self, ask: &Ask, fd: Option<BorrowedFd<'_>>) -> io::Result<(Given, Received)> {
         let _turn = self.0.turn.lock().unwrap_or_else(PoisonError::into_inner);
-        let exchange = wire::send(&self.0.socket, ask, fd.as_slice());
+        let exchange = wire::send(&self.0.socket, ask, fd.as_slice(), SendFlags::empty());
         let received = match exchange.and_then(|()| wire::receive(&self.0.socket)) {
             Ok(Some(received)) => received,
             // Too long to be sent.
@@ -108,6 +112,14 @@ impl HostFiles for AskParent {
             (Given::TapFailed(error), _) => Err(error),
             _ => Err(TapError::Open(io::ErrorKind::InvalidData.into())),
         }
+    }
+
+    fn absolute(&self, path: &Path) -> PathBuf {
+        OpenDirectly.absolute(&self.0.directory.join(path))
+    }
+
+    fn let_go(&self, right: &Right) {
+        let _ = self.ask(&Ask::LetGo(right.clone()), None);
     }
 
     fn start_passt(&self, network: &UserNetwork, mtu: u16) -> Result<passt::Process, PasstError> {

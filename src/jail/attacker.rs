@@ -15,6 +15,8 @@ use std::time::Duration;
 use io_uring::types::Fd;
 use io_uring::{IoUring, opcode};
 
+use rustix::net::SendFlags;
+
 use super::wire::{self, Ask, Given};
 use crate::backend::HostFile;
 use crate::backend::disk::uring::kept_ring;
@@ -108,7 +110,7 @@ fn ask(parent: i32, ask: &Ask, fds: &[BorrowedFd<'_>]) -> io::Result<OwnedFd> {
     // SAFETY: the descriptor stays open as long as the process.
     let parent = unsafe { BorrowedFd::borrow_raw(parent) };
     loop {
-        wire::send(parent, ask, fds)?;
+        wire::send(parent, ask, fds, SendFlags::empty())?;
         let mut received = wire::receive(parent)?.ok_or(io::ErrorKind::BrokenPipe)?;
         match (received.parse()?, received.fd()) {
             (Given::Failed(error), _) => return Err(error),

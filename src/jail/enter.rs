@@ -26,7 +26,7 @@ use landlock::{
 };
 use rustix::io::Errno;
 use rustix::mount::{MountFlags, MountPropagationFlags, UnmountFlags, mount, mount_change, mount_remount, unmount};
-use rustix::net::{AddressFamily, SocketFlags, SocketType, socketpair};
+use rustix::net::{AddressFamily, SendFlags, SocketFlags, SocketType, socketpair};
 use rustix::process::{
     DumpableBehavior, Gid, Pid, Resource, Rlimit, Signal, Uid, WaitOptions, set_dumpable_behavior,
     set_parent_process_death_signal, setrlimit, waitpid,
@@ -77,9 +77,10 @@ impl JailError {
                  above 0, kernel.apparmor_restrict_unprivileged_userns=0 or the AppArmor profile of docs/jail.md; \
                  'tranche doctor --jail' shows what this host has, '--jail compat' does with it",
             ),
-            Self::Step(_) => {
-                Some("'tranche doctor --jail' shows what this host has, and '--jail compat' does with that")
-            }
+            Self::Step(_) => Some(
+                "'tranche doctor --jail' shows what this host has, and '--jail compat' does with that; where mounting is denied \
+                 (kernel.apparmor_restrict_unprivileged_userns=1, a container's profile), docs/jail.md tells what allows it",
+            ),
             Self::Cgroup(error) => Some(error.hint()),
             Self::Fork(_) | Self::JoinCgroup(_) | Self::LimitsUnjailed | Self::Host { .. } => None,
         }
@@ -263,7 +264,8 @@ fn enter(level: Level, namespaces: u64, is_root: bool, parent: u32, socket: &Own
         become_nobody(NOBODY)?;
     }
     drop_capabilities()?;
-    profiles.enter().map_err(step("go over to the AppArmor profile of a VMM, below its program's"))?;
+    let profile = profiles.enter().map_err(step("go over to the AppArmor profile of a VMM, below its program's"));
+    may_lack(Layer::Profile, profile)?;
     set_no_new_privs(true).map_err(step("keep it from new privileges"))?;
     set_dumpable_behavior(DumpableBehavior::NotDumpable).map_err(step("keep it from being looked into"))?;
     set_parent_process_death_signal(Some(Signal::KILL)).map_err(step("have it end with its parent"))?;
@@ -319,7 +321,7 @@ fn forget_environment() {
 pub fn examine() -> Result<Missing, JailError> {
     match split(Level::Compat, None)? {
         Side::Vmm { socket, missing } => {
-            let _ = wire::send(&socket, &missing, &[]);
+            let _ = wire::send(&socket, &missing, &[], SendFlags::empty());
             std::process::exit(0)
         }
         Side::Parent { pid, socket, .. } => {
@@ -357,12 +359,20 @@ fn limit_resources(in_user_namespace: bool) -> Result<(), Failed> {
         return Err(step("ignore writes that are too large")(io::Error::last_os_error()));
     }
     // A dump has the guest's memory, and nobody it could be written for. Elsewhere, all threads of the user would count.
-    let threads = in_user_namespace.then_some((Resource::Nproc, THREADS));
+    let threads = (in_user_namespace && counts_by_namespace()).then_some((Resource::Nproc, THREADS));
     for (resource, most) in [(Resource::Core, 0), (Resource::Msgqueue, 0)].into_iter().chain(threads) {
         let limit = Rlimit { current: Some(most), maximum: Some(most) };
         setrlimit(resource, limit).map_err(step("limit its resources"))?;
     }
     Ok(())
+}
+
+/// Since Linux 5.14, a user's threads count in each user namespace by themselves.
+fn counts_by_namespace() -> bool {
+    let system = rustix::system::uname();
+    let release = system.release().to_string_lossy();
+    let mut numbers = release.split(['.', '-']).map(|number| number.parse::<u32>().unwrap_or(0));
+    (numbers.next(), numbers.next()) >= (Some(5), Some(14))
 }
 
 /// Root's VMM is not root's any more.

@@ -10,6 +10,10 @@ use std::os::fd::OwnedFd;
 
 use rustix::fs::{Mode, OFlags, open, openat};
 
+/// What our profile for the program is called. Another one that it runs under (of a container, or what has a host restrict
+/// user namespaces) has none for VMMs below it.
+const PROGRAM: &str = "tranche";
+
 /// What a VMM's profile is called, below its program's.
 const NAME: &str = "vmm";
 
@@ -32,7 +36,8 @@ impl Profiles {
     /// Goes over to the VMM's profiles.
     ///
     /// # Errors
-    /// When AppArmor confines the program, but has no profile for its VMMs. Of TOMOYO, nobody can tell whether it was meant to.
+    /// When AppArmor has our profile for the program, but none for its VMMs. Of TOMOYO, nobody can tell whether it was meant
+    /// to.
     pub fn enter(self) -> io::Result<()> {
         if let Some((attributes, profile)) = self.apparmor {
             // Opened only now, as it has to be by the user that this has become.
@@ -58,8 +63,8 @@ fn apparmor() -> Option<(OwnedFd, String)> {
 /// Of a label such as `tranche (enforce)`.
 fn vmm_profile(label: &str) -> Option<String> {
     let (profile, mode) = label.rsplit_once(" (")?;
-    // Who is in no mode has no profile.
-    (["enforce)", "complain)", "kill)"].contains(&mode)).then(|| format!("{profile}//{NAME}"))
+    let is_ours = profile == PROGRAM && ["enforce)", "complain)", "kill)"].contains(&mode);
+    is_ours.then(|| format!("{profile}//{NAME}"))
 }
 
 fn tomoyo() -> Option<File> {
@@ -80,8 +85,11 @@ mod tests {
     #[test]
     fn a_profile_is_one_below_the_programs() {
         assert_eq!(vmm_profile("tranche (enforce)"), Some("tranche//vmm".into()));
-        assert_eq!(vmm_profile("/usr/bin/tranche (complain)"), Some("/usr/bin/tranche//vmm".into()));
-        for label in ["unconfined", "", "x (unconfined)", "system_u:system_r:unconfined_t:s0"] {
+        assert_eq!(vmm_profile("tranche (complain)"), Some("tranche//vmm".into()));
+        let others = ["docker-default (enforce)", "unprivileged_userns (enforce)", "tranche//vmm (enforce)"];
+        for label in
+            ["unconfined", "", "tranche (unconfined)", "system_u:system_r:unconfined_t:s0"].into_iter().chain(others)
+        {
             assert_eq!(vmm_profile(label), None, "{label}");
         }
     }

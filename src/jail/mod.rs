@@ -40,6 +40,7 @@ pub use self::wire::{Ask, Given};
 pub enum Layer {
     Namespaces,
     EmptyRoot,
+    Profile,
     Landlock,
 }
 
@@ -49,6 +50,7 @@ impl Layer {
         match self {
             Self::Namespaces => "namespaces",
             Self::EmptyRoot => "empty root directory",
+            Self::Profile => "profile",
             Self::Landlock => "Landlock",
         }
     }

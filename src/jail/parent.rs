@@ -3,24 +3,27 @@
 use std::fs::{self, File};
 use std::io;
 use std::os::fd::{AsFd, OwnedFd};
-use std::os::unix::fs::FileExt;
+use std::os::unix::fs::MetadataExt;
 use std::path::Path;
 use std::process::Child;
 use std::sync::Arc;
 
 use rustix::fs::{Mode, OFlags};
+use rustix::net::SendFlags;
 use rustix::process::{Pid, Resource, Rlimit, getrlimit, prlimit};
 
 use super::Cgroup;
 use super::policy::Policy;
 use super::seccomp::read_violation;
 use super::wire::{self, Ask, Given, Received};
-use crate::backend::disk::qcow2::header::MAGIC;
 use crate::backend::host::Peer;
 use crate::backend::kernel_cache::UnpackedKernels;
 use crate::backend::tap::TapQueue;
-use crate::backend::{HostFile, HostFiles, OpenDirectly, Right, passt};
+use crate::backend::{Deed, HostFile, HostFiles, OpenDirectly, Right, passt};
+use crate::config::{SavedVm, UserNetwork};
+use crate::control::{Disks, NextSize};
 use crate::memory;
+use crate::snapshot::{CONFIG, config_of_state, write_anew};
 
 /// How much more memory a VMM may map once its guest runs, in bytes: threads, buffers, devices that are plugged in.
 const MORE_MEMORY: u64 = 256 << 20;
@@ -39,10 +42,25 @@ pub struct Parent {
     largest_disk: u64,
     pub policy: Policy,
     /// What runs for the VM; ends with it.
-    helpers: Vec<Child>,
+    helpers: Vec<Helper>,
+    /// How many of them there were when the guest began to run: one for each network.
+    most_helpers: usize,
     kernels: Option<Option<Arc<dyn UnpackedKernels>>>,
     /// Dropped last: who is in it is gone then.
     cgroup: Option<Cgroup>,
+}
+
+/// A process that is a network.
+struct Helper {
+    network: UserNetwork,
+    child: Child,
+}
+
+impl Helper {
+    fn end(&mut self) {
+        let _ = self.child.kill();
+        let _ = self.child.wait();
+    }
 }
 
 /// What a message was, besides something that has been done.
@@ -51,10 +69,7 @@ pub enum News {
     Nothing,
     /// The VM runs.
     Started,
-    KeepSize {
-        cpus: u8,
-        memory: u64,
-    },
+    KeepSize(NextSize),
     Ended {
         code: u8,
         reason: String,
@@ -73,7 +88,17 @@ pub enum News {
 impl Parent {
     #[must_use]
     pub fn new(socket: OwnedFd, pid: i32, policy: Policy, cgroup: Option<Cgroup>) -> Self {
-        Self { socket, pid, memory: None, largest_disk: 0, policy, helpers: Vec::new(), kernels: None, cgroup }
+        Self {
+            socket,
+            pid,
+            memory: None,
+            largest_disk: 0,
+            policy,
+            helpers: Vec::new(),
+            most_helpers: 0,
+            kernels: None,
+            cgroup,
+        }
     }
 
     /// Has the host's kernel ended the VMM, as it took more memory than it may?
@@ -97,7 +122,7 @@ impl Parent {
         self.reap();
         match ask {
             Ask::Started => News::Started,
-            Ask::KeepSize { cpus, memory } => News::KeepSize { cpus, memory },
+            Ask::KeepSize(size) => News::KeepSize(size),
             Ask::Ended { code, reason } => News::Ended { code, reason },
             ask => {
                 let (given, fds) = self.give(ask, received).unwrap_or_else(|error| (Given::Failed(error), Vec::new()));
@@ -109,9 +134,12 @@ impl Parent {
     /// Answers what [`Self::serve`] has told of.
     pub fn answer(&self, given: &Given, fds: &[OwnedFd]) -> News {
         let fds: Vec<_> = fds.iter().map(AsFd::as_fd).collect();
-        // Who is gone does not take it in, but may have said something before: that is read, and then its end.
-        let _ = wire::send(&self.socket, given, &fds);
-        News::Nothing
+        match wire::send(&self.socket, given, &fds, SendFlags::DONTWAIT) {
+            // It asks, and does not take the answers in: nobody of ours does that.
+            Err(error) if error.kind() == io::ErrorKind::WouldBlock => News::HungUp,
+            // Who is gone does not take it in, but may have said something before: that is read, and then its end.
+            _ => News::Nothing,
+        }
     }
 
     /// What the VMM has mapped by now is about all that it needs.
@@ -146,14 +174,18 @@ impl Parent {
         // Whatever it is: it may be a pipe that nobody writes to.
         let flags = OFlags::RDONLY | OFlags::NONBLOCK | OFlags::CLOEXEC;
         match rustix::fs::open(path, flags, Mode::empty()) {
-            Ok(file) => self.allow_file(&File::from(file)),
+            Ok(file) => self.allow_files(rustix::fs::fstat(file)?.st_size.unsigned_abs()),
             // The VMM will hear of it.
             Err(_) => Ok(()),
         }
     }
 
-    fn allow_file(&mut self, disk: &File) -> io::Result<()> {
-        self.largest_disk = self.largest_disk.max(size_of_disk(disk)?);
+    /// Lets the VMM's files become so large, in bytes, which a client has asked for.
+    ///
+    /// # Errors
+    /// The host's.
+    pub fn allow_files(&mut self, bytes: u64) -> io::Result<()> {
+        self.largest_disk = self.largest_disk.max(bytes);
         self.limit_files()
     }
 
@@ -183,6 +215,18 @@ impl Parent {
         Err(io::Error::other(why))
     }
 
+    /// A snapshot names files and networks, of which the process that restores it is to have what this VM has, and no more.
+    fn check_what_is_saved(&self, deed: &Deed) -> io::Result<()> {
+        let is_in_order = |saved: &SavedVm| self.policy.check_saved(saved);
+        match deed {
+            Deed::Place { from, .. } => {
+                write_anew(&from.join(CONFIG), |text| Ok(serde_json::from_slice(text)?), is_in_order)
+            }
+            Deed::ReplaceState { from, .. } => write_anew(from, config_of_state, is_in_order),
+            _ => Ok(()),
+        }
+    }
+
     fn give(&mut self, ask: Ask, mut received: Received) -> io::Result<(Given, Vec<OwnedFd>)> {
         let host = OpenDirectly;
         let done = |fd: OwnedFd| Ok((Given::Done, vec![fd]));
@@ -190,25 +234,29 @@ impl Parent {
             Ask::Open(file) => {
                 self.check(Right::Open(file.clone()))?;
                 let opened = host.open(&file)?;
-                if let HostFile::Disk { path, .. } = &file {
-                    self.allow_file(&opened)?;
-                    if let Some(Err(error)) = self.cgroup.as_ref().map(|cgroup| cgroup.limit_disk(&opened)) {
-                        tracing::warn!("the limit of disks does not hold where {} is: {error}", path.display());
-                    }
+                if let HostFile::Disk { path, .. } = &file
+                    && let Some(Err(error)) = self.cgroup.as_ref().map(|cgroup| cgroup.limit_disk(&opened))
+                {
+                    tracing::warn!("the limit of disks does not hold where {} is: {error}", path.display());
                 }
                 done(opened.into())
             }
-            // No more than it has already.
+            // No more than it has already. What /proc has depends on who opens it.
             Ask::OpenAgain { read_only } => done(host.open_again(&regular(received.fd()?)?, read_only)?.into()),
             Ask::Perform(deed) => {
                 self.check(Right::Perform(deed.clone()))?;
+                self.check_what_is_saved(&deed)?;
                 host.perform(&deed)?;
                 self.policy.done(&deed);
                 Ok((Given::Done, Vec::new()))
             }
             Ask::Link(path) => {
                 self.check(Right::Link(path.clone()))?;
-                host.link(&regular(received.fd()?)?, &path)?;
+                let file = regular(received.fd()?)?;
+                if !never_changes(&file)? {
+                    return Err(io::Error::other("the jail does not allow it: the file may be written to"));
+                }
+                host.link(&file, &path)?;
                 Ok((Given::Done, Vec::new()))
             }
             Ask::Canonical(path) => {
@@ -224,12 +272,14 @@ impl Parent {
             }
             Ask::StartPasst { network, mtu } => {
                 self.check(Right::StartPasst(network.clone()))?;
+                self.make_room_for(&network);
                 Ok(match passt::spawn(&network, mtu) {
                     Ok(passt::Process { socket, complaints, child }) => {
-                        if let (Some(child), Some(cgroup)) = (&child, &self.cgroup) {
-                            cgroup.add(child.id())?;
+                        let id = child.as_ref().map(Child::id);
+                        self.helpers.extend(child.map(|child| Helper { network, child }));
+                        if let (Some(id), Some(cgroup)) = (id, &self.cgroup) {
+                            cgroup.add(id)?;
                         }
-                        self.helpers.extend(child);
                         (Given::Done, vec![socket.into(), complaints.into()])
                     }
                     Err(error) => (Given::PasstFailed(error), Vec::new()),
@@ -247,6 +297,10 @@ impl Parent {
             Ask::FindKernelByFile => {
                 let file = regular(received.fd()?)?;
                 Ok(kernel(self.kernels().and_then(|kernels| kernels.find_by_file(&file))))
+            }
+            Ask::LetGo(right) => {
+                self.policy.let_go(&right);
+                Ok((Given::Done, Vec::new()))
             }
             Ask::Ending => Ok((Given::Done, Vec::new())),
             ask if self.policy.is_frozen() => {
@@ -268,13 +322,15 @@ impl Parent {
                 }
                 Ok((Given::Done, Vec::new()))
             }
-            Ask::Freeze => {
-                self.policy.freeze();
+            Ask::Freeze(Disks { drives, largest }) => {
+                self.policy.freeze(drives);
+                self.most_helpers = self.helpers.len();
+                self.largest_disk = self.largest_disk.max(largest);
                 self.limit_memory()?;
                 self.limit_files()?;
                 Ok((Given::Done, Vec::new()))
             }
-            Ask::Started | Ask::KeepSize { .. } | Ask::Ended { .. } => Ok((Given::Nothing, Vec::new())),
+            Ask::Started | Ask::KeepSize(_) | Ask::Ended { .. } => Ok((Given::Nothing, Vec::new())),
         }
     }
 
@@ -283,9 +339,19 @@ impl Parent {
         self.kernels.get_or_insert_with(|| OpenDirectly.kernel_cache().open()).clone()
     }
 
+    /// Once the guest runs, a network is started again only in place of one: the card has let go of that.
+    fn make_room_for(&mut self, network: &UserNetwork) {
+        if self.policy.is_frozen() && self.helpers.len() >= self.most_helpers {
+            let before = self.helpers.iter().position(|helper| helper.network == *network);
+            if before.unwrap_or(0) < self.helpers.len() {
+                self.helpers.remove(before.unwrap_or(0)).end();
+            }
+        }
+    }
+
     /// Takes leave of helpers that have ended.
     fn reap(&mut self) {
-        self.helpers.retain_mut(|helper| matches!(helper.try_wait(), Ok(None)));
+        self.helpers.retain_mut(|helper| matches!(helper.child.try_wait(), Ok(None)));
     }
 }
 
@@ -297,25 +363,8 @@ impl AsFd for Parent {
 
 impl Drop for Parent {
     fn drop(&mut self) {
-        for helper in &mut self.helpers {
-            let _ = helper.kill();
-            let _ = helper.wait();
-        }
+        self.helpers.iter_mut().for_each(Helper::end);
     }
-}
-
-/// How large a disk is, or may become.
-fn size_of_disk(file: &File) -> io::Result<u64> {
-    let meta = file.metadata()?;
-    if !meta.is_file() {
-        // One whose size is not that of a file.
-        return Ok(0);
-    }
-    // Of a qcow2 image, what its header says: a magic number, a version, three numbers of 4 and 8 bytes, the size.
-    let mut header = [0; 32];
-    let is_image = file.read_exact_at(&mut header, 0).is_ok() && header.starts_with(&MAGIC);
-    let size = if is_image { u64::from_be_bytes(header[24..].try_into().unwrap_or_default()) } else { 0 };
-    Ok(meta.len().max(size))
 }
 
 fn kernel(found: Option<(File, u64)>) -> (Given, Vec<OwnedFd>) {
@@ -327,35 +376,88 @@ fn regular(fd: OwnedFd) -> io::Result<File> {
     use std::os::unix::fs::FileTypeExt;
     let file = File::from(fd);
     let kind = file.metadata()?.file_type();
-    if kind.is_file() || kind.is_block_device() { Ok(file) } else { Err(io::ErrorKind::InvalidInput.into()) }
+    let is_of_proc = rustix::fs::fstatfs(&file)?.f_type == rustix::fs::PROC_SUPER_MAGIC;
+    let is_one = (kind.is_file() && !is_of_proc) || kind.is_block_device();
+    if is_one { Ok(file) } else { Err(io::ErrorKind::InvalidInput.into()) }
+}
+
+/// May nobody write to a file, nor whoever has it open so?
+fn never_changes(file: &File) -> io::Result<bool> {
+    let is_only_read = rustix::fs::fcntl_getfl(file)? & OFlags::RWMODE == OFlags::RDONLY;
+    Ok(is_only_read && file.metadata()?.mode() & 0o222 == 0)
 }
 
 #[cfg(test)]
 mod tests {
     use super::*;
     use proptest::prelude::*;
-    use rustix::net::{AddressFamily, SendFlags, SocketFlags, SocketType, socketpair};
+    use rustix::net::{AddressFamily, SocketFlags, SocketType, socketpair};
 
     use crate::backend::descriptors;
+    use crate::control::{Call, Drives};
 
     fn parent() -> (Parent, OwnedFd) {
         let sockets = socketpair(AddressFamily::UNIX, SocketType::SEQPACKET, SocketFlags::CLOEXEC, None);
         let (ours, theirs) = sockets.unwrap();
         let mut parent = Parent::new(ours, std::process::id() as i32, Policy::default(), None);
-        parent.policy.freeze();
+        parent.policy.freeze(Drives::new());
         (parent, theirs)
     }
 
     #[test]
-    fn a_disk_is_as_large_as_its_guest_sees_it() {
-        let file = tempfile::tempfile().unwrap();
-        file.set_len(5000).unwrap();
-        assert_eq!(size_of_disk(&file).unwrap(), 5000);
-        file.write_all_at(b"QFI\xfb\0\0\0\x03", 0).unwrap();
-        file.write_all_at(&(1u64 << 40).to_be_bytes(), 24).unwrap();
-        assert_eq!(size_of_disk(&file).unwrap(), 1 << 40);
-        file.set_len(20).unwrap();
-        assert_eq!(size_of_disk(&file).unwrap(), 20);
+    fn what_may_be_written_to_is_not_linked_nor_what_proc_has_opened() {
+        let dir = tempfile::tempdir().unwrap();
+        let path = dir.path().join("f");
+        fs::write(&path, "x").unwrap();
+        let open = |write| File::options().read(true).write(write).open(&path).unwrap();
+        assert!(!never_changes(&open(false)).unwrap());
+        let writable = open(true);
+        fs::set_permissions(&path, std::os::unix::fs::PermissionsExt::from_mode(0o444)).unwrap();
+        assert!(!never_changes(&writable).unwrap() && never_changes(&open(false)).unwrap());
+        assert!(regular(open(false).into()).is_ok());
+        assert!(regular(File::open("/proc/self/status").unwrap().into()).is_err());
+    }
+
+    /// Asks as a VMM does, and hears what comes.
+    fn ask(parent: &mut Parent, vmm: &OwnedFd, ask: &Ask) -> Given {
+        wire::send(vmm, ask, &[], SendFlags::empty()).unwrap();
+        assert_eq!(parent.serve(), News::Nothing);
+        wire::receive(vmm).unwrap().unwrap().parse().unwrap()
+    }
+
+    /// A snapshot is written by the VMM, and restored by somebody who may open more than it.
+    #[test]
+    fn a_snapshot_has_nothing_that_its_vm_has_not() {
+        let (mut parent, vmm) = parent();
+        let dir = tempfile::tempdir().unwrap();
+        let place = dir.path().join("snap");
+        parent.policy =
+            Policy::knowing(vec![Right::Open(HostFile::Disk { path: "/its/disk".into(), read_only: true })]);
+        parent.policy.freeze(Drives::new());
+        let request = serde_json::json!({ "path": place, "disks": false });
+        parent.policy.hear(&Call::Snapshot(serde_json::from_value(request).unwrap()));
+        let partial = dir.path().join(".snap.partial");
+        fs::create_dir(&partial).unwrap();
+        let config = |path: &str, read_only| {
+            let disk = serde_json::json!({ "path": path, "read-only": read_only });
+            let disks = [serde_json::json!({ "name": "d", "stored": false, "config": disk })];
+            let saved =
+                serde_json::json!({ "cpus": 1, "memory": "64M", "transport": "pci", "disks": disks, "nics": [] });
+            fs::write(partial.join(CONFIG), saved.to_string()).unwrap();
+        };
+        let placed = Ask::Perform(Deed::Place { from: partial.clone(), to: place.clone() });
+        for (path, read_only) in [("/etc/shadow", true), ("/its/disk", false)] {
+            config(path, read_only);
+            let given = ask(&mut parent, &vmm, &placed);
+            assert!(matches!(&given, Given::Failed(why) if why.to_string().contains(path)), "{given:?}");
+            assert!(!place.exists());
+        }
+        config("/its/disk", true);
+        let theirs = File::options().write(true).open(partial.join(CONFIG)).unwrap();
+        let given = ask(&mut parent, &vmm, &placed);
+        assert!(matches!(given, Given::Done), "{given:?}");
+        // What the VMM has open is not what lies there.
+        assert_ne!(theirs.metadata().unwrap().ino(), fs::metadata(place.join(CONFIG)).unwrap().ino());
     }
 
     /// A violation is the last that a VMM says, perhaps while another of its threads waits for an answer.
@@ -365,14 +467,31 @@ mod tests {
         let mut violation = [super::super::seccomp::VIOLATION; super::super::seccomp::VIOLATION_BYTES];
         violation[1..5].copy_from_slice(&(libc::SYS_openat as i32).to_ne_bytes());
         violation[9] = crate::threads::Kind::Api as u8;
-        wire::send(&vmm, &Ask::Canonical("/nowhere".into()), &[]).unwrap();
+        wire::send(&vmm, &Ask::Canonical("/nowhere".into()), &[], SendFlags::empty()).unwrap();
         assert_eq!(parent.serve(), News::Nothing, "its answer is not taken in");
-        wire::send(&vmm, &Ask::Canonical("/nowhere".into()), &[]).unwrap();
+        wire::send(&vmm, &Ask::Canonical("/nowhere".into()), &[], SendFlags::empty()).unwrap();
         descriptors::send(&vmm, &violation, &[], SendFlags::empty()).unwrap();
         drop(vmm);
         assert_eq!(parent.serve(), News::Nothing, "there is nobody to answer");
         assert_eq!(parent.serve(), News::Violation { call: "openat".into(), thread: "api" });
         assert_eq!(parent.serve(), News::HungUp);
+    }
+
+    /// A VMM that asks and does not listen must not keep its parent from anything else.
+    #[test]
+    fn who_takes_no_answers_is_not_talked_to_any_more() {
+        let (mut parent, vmm) = parent();
+        let ask = Ask::Canonical("/nowhere".into());
+        let mut heard = 0;
+        loop {
+            assert!(heard < 100_000, "it is answered for ever");
+            wire::send(&vmm, &ask, &[], SendFlags::DONTWAIT).unwrap();
+            match parent.serve() {
+                News::Nothing => heard += 1,
+                news => break assert_eq!(news, News::HungUp),
+            }
+        }
+        assert!(heard > 0);
     }
 
     proptest! {

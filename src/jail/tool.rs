@@ -10,7 +10,10 @@ use landlock::{
 };
 use rustix::process::{Resource, Rlimit, getrlimit, setrlimit};
 use rustix::thread::{CapabilitySet, CapabilitySets, set_capabilities, set_no_new_privs};
-use seccompiler::{BpfProgram, SeccompAction, SeccompFilter, TargetArch, apply_filter};
+use seccompiler::{
+    BpfProgram, SeccompAction, SeccompCmpArgLen, SeccompCmpOp, SeccompCondition, SeccompFilter, SeccompRule,
+    TargetArch, apply_filter, sock_filter,
+};
 use thiserror::Error;
 
 #[derive(Debug, Error)]
@@ -72,7 +75,7 @@ pub fn confine_to_file(file: BorrowedFd<'_>) -> Result<(), ConfineError> {
 
 /// System calls that fail from now on. The first two: resize2fs cuts a file off where it believes that the file system on
 /// it ends, which may be in its midst when there is a partition table before it. The others are of no use to a tool.
-const REFUSED: [libc::c_long; 27] = [
+const REFUSED: [libc::c_long; 32] = [
     libc::SYS_truncate,
     libc::SYS_ftruncate,
     libc::SYS_socket,
@@ -81,6 +84,11 @@ const REFUSED: [libc::c_long; 27] = [
     libc::SYS_process_vm_readv,
     libc::SYS_process_vm_writev,
     libc::SYS_kill,
+    libc::SYS_tkill,
+    libc::SYS_tgkill,
+    libc::SYS_rt_sigqueueinfo,
+    libc::SYS_rt_tgsigqueueinfo,
+    libc::SYS_pidfd_send_signal,
     libc::SYS_mount,
     libc::SYS_umount2,
     libc::SYS_unshare,
@@ -102,11 +110,27 @@ const REFUSED: [libc::c_long; 27] = [
     libc::SYS_mq_open,
 ];
 
+/// The same calls have other numbers for programs of the x32 ABI, of which no tool is one.
+const REFUSE_X32: [sock_filter; 3] = [
+    sock_filter { code: (libc::BPF_LD | libc::BPF_W | libc::BPF_ABS) as u16, jt: 0, jf: 0, k: 0 },
+    sock_filter { code: (libc::BPF_JMP | libc::BPF_JGE | libc::BPF_K) as u16, jt: 0, jf: 1, k: 0x4000_0000 },
+    sock_filter {
+        code: (libc::BPF_RET | libc::BPF_K) as u16,
+        jt: 0,
+        jf: 0,
+        k: libc::SECCOMP_RET_ERRNO | libc::EPERM as u32,
+    },
+];
+
 fn refuse_calls() -> Result<(), ConfineError> {
-    let rules = REFUSED.iter().map(|&call| (call, Vec::new())).collect();
+    let of_another = SeccompCondition::new(0, SeccompCmpArgLen::Dword, SeccompCmpOp::Ne, 0)
+        .and_then(|condition| SeccompRule::new(vec![condition]))
+        .map_err(ConfineError::Filter)?;
+    let rules = REFUSED.iter().map(|&call| (call, Vec::new())).chain([(libc::SYS_prlimit64, vec![of_another])]);
     let refuse = SeccompAction::Errno(libc::EPERM as u32);
-    let filter = SeccompFilter::new(rules, SeccompAction::Allow, refuse, TargetArch::x86_64);
-    let program: BpfProgram = filter.and_then(TryInto::try_into).map_err(ConfineError::Filter)?;
+    let filter = SeccompFilter::new(rules.collect(), SeccompAction::Allow, refuse, TargetArch::x86_64);
+    let mut program: BpfProgram = filter.and_then(TryInto::try_into).map_err(ConfineError::Filter)?;
+    program.splice(0..0, REFUSE_X32);
     apply_filter(&program).map_err(ConfineError::Seccomp)
 }
 

@@ -9,8 +9,9 @@ use serde::de::DeserializeOwned;
 use serde::{Deserialize, Serialize};
 
 use crate::backend::kernel_cache::Key;
-use crate::backend::{Deed, HostFile, PasstError, TapError, descriptors, io_error};
+use crate::backend::{Deed, HostFile, PasstError, Right, TapError, descriptors, io_error};
 use crate::config::UserNetwork;
+use crate::control::{Disks, NextSize};
 
 /// Most bytes of a message: a network with a thousand forwarded ports.
 pub const LONGEST: usize = 64 << 10;
@@ -44,15 +45,13 @@ pub enum Ask {
     KeepKernel(Key),
     /// With the bzImage's descriptor.
     RememberKernel(Key),
+    LetGo(Right),
     /// The guest is about to run: what has not been asked for by now has to be named by somebody else.
-    Freeze,
+    Freeze(Disks),
     /// The VM runs.
     Started,
-    /// The size that it is to have from its next start on.
-    KeepSize {
-        cpus: u8,
-        memory: u64,
-    },
+    /// What a client wants it to be from its next start on.
+    KeepSize(NextSize),
     /// It is about to tell how it has ended.
     Ending,
     /// It has come to its end.
@@ -80,10 +79,10 @@ pub enum Given {
 }
 
 /// # Errors
-/// When nobody listens any more.
-pub fn send(socket: impl AsFd, message: &impl Serialize, fds: &[BorrowedFd<'_>]) -> io::Result<()> {
+/// When nobody listens any more; `WouldBlock` if it is not to wait and would have to.
+pub fn send(socket: impl AsFd, message: &impl Serialize, fds: &[BorrowedFd<'_>], flags: SendFlags) -> io::Result<()> {
     let text = serde_json::to_vec(message)?;
-    descriptors::send(socket, &text, fds, SendFlags::empty())
+    descriptors::send(socket, &text, fds, flags)
 }
 
 /// What came: bytes, and descriptors.

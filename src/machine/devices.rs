@@ -314,6 +314,14 @@ impl Devices {
         }
     }
 
+    /// All disks, by their ids.
+    pub fn disks(&self) -> impl Iterator<Item = (&str, &Disk)> {
+        self.all.iter().filter_map(|device| match (&device.id, &device.drive) {
+            (DeviceId::Disk(id), Some(drive)) => Some((id.as_str(), &*drive.disk)),
+            _ => None,
+        })
+    }
+
     /// A disk, also one that the guest is to let go of.
     #[must_use]
     pub fn disk(&self, id: &str) -> Option<&Disk> {

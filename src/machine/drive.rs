@@ -69,6 +69,11 @@ pub enum Replacement {
 }
 
 impl Machine {
+    /// All disks, by their ids.
+    pub fn disks(&self) -> impl Iterator<Item = (&str, &Disk)> {
+        self.devices.disks()
+    }
+
     /// Puts another file behind a disk, with the disk's own settings, and tells the guest the new capacity. A raw disk may
     /// get its own file again: then the size of the file is looked at anew.
     ///

@@ -47,7 +47,7 @@ impl Machine {
     fn remains(&mut self, host: &dyn HostFiles) -> Result<Remains, MachineError> {
         let leaving = self.devices.iter().filter(|(_, presence)| *presence != Presence::Present);
         let left: Vec<_> = leaving.map(|(id, _)| id.clone()).collect();
-        let mut config = AtRest(self).config();
+        let mut config = AtRest(self).config(host);
         config.disks.retain(|disk| !left.contains(&DeviceId::Disk(disk.name.clone())));
         config.nics.retain(|nic| !left.contains(&DeviceId::Nic(nic.name.clone())));
         let mut disks = Vec::with_capacity(config.disks.len());

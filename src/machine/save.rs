@@ -10,8 +10,8 @@ use vm_memory::GuestMemoryBackend;
 use super::devices::DeviceBusy;
 use super::saved::{MachineStateV1, Versioned};
 use super::{KvmError, Machine, MachineError, State};
-use crate::backend::Disk;
 use crate::backend::disk::Layer;
+use crate::backend::{Disk, HostFiles};
 use crate::config::{DiskConfig, MemorySize, SavedVm};
 use crate::cpu::StateShape;
 use crate::memory;
@@ -103,12 +103,12 @@ impl Machine {
 impl AtRest<'_> {
     /// What a person may read and change of it.
     #[must_use]
-    pub fn config(&self) -> SavedVm {
+    pub fn config(&self, host: &dyn HostFiles) -> SavedVm {
         let (mut disks, mut nics, entropy) = self.0.devices.describe();
         // Whoever reads this may be elsewhere.
         for DiskConfig { path, image, .. } in disks.iter_mut().map(|disk| &mut disk.config) {
             for path in std::iter::once(path).chain(image.backing.iter_mut().map(|backing| &mut backing.path)) {
-                *path = std::path::absolute(&*path).unwrap_or_else(|_| path.clone());
+                *path = host.absolute(path);
             }
         }
         self.0.limits.describe(&mut disks, &mut nics);

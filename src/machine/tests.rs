@@ -407,7 +407,7 @@ fn save(machine: &mut Machine) -> (crate::config::SavedVm, MachineStateV1, std::
     let file = tempfile::tempfile().unwrap();
     let saved = machine.at_rest(|rest| {
         rest.write_memory(&file)?;
-        Ok::<_, SaveError>((rest.config(), rest.state()?))
+        Ok::<_, SaveError>((rest.config(&OpenDirectly), rest.state()?))
     });
     let (config, state) = saved.unwrap();
     (config, state, file)

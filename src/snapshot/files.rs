@@ -10,7 +10,7 @@ use serde::{Deserialize, Serialize};
 use super::folder::{beside, parse, read_document};
 use super::manifest;
 use super::{Saved, SavedState, Snapshot, SnapshotError};
-use crate::backend::{Deed, HostFile, HostFiles, Right};
+use crate::backend::{Deed, HostFile, HostFiles, OpenDirectly, Right};
 use crate::config::SavedVm;
 use crate::memory::saved::copy_data;
 
@@ -46,16 +46,10 @@ impl NewFiles {
         Ok(Self { host: host.clone(), state_path, memory_path, memory })
     }
 
-    /// What it takes to make one of the files.
+    /// What it takes to make the files, one by one.
     #[must_use]
-    pub fn rights(path: &Path) -> Vec<Right> {
-        let (path, partial) = (path.to_owned(), beside(path));
-        vec![
-            Right::Open(HostFile::Replacement(partial.clone())),
-            Right::Open(HostFile::Read(path.clone())),
-            Right::Perform(Deed::RemoveFile(partial.clone())),
-            Right::Perform(Deed::Replace { from: partial, to: path }),
-        ]
+    pub fn rights(state_path: &Path, memory_path: &Path) -> Vec<Vec<Right>> {
+        [replace_state(state_path), replace_memory(memory_path)].map(file_rights).into()
     }
 
     /// Takes over what is in the memory's file, if it is one of so many bytes: what is written then goes over it.
@@ -96,9 +90,9 @@ impl NewFiles {
         };
         self.write_state(&document).map_err(|source| SnapshotError::Write { path: self.state_path.clone(), source })?;
         let placed = self.memory.sync_all().and_then(|()| {
-            [&self.memory_path, &self.state_path]
-                .into_iter()
-                .try_for_each(|path| self.host.perform(&Deed::Replace { from: beside(path), to: path.clone() }))
+            [replace_memory(&self.memory_path), replace_state(&self.state_path)]
+                .iter()
+                .try_for_each(|deed| self.host.perform(deed))
         });
         placed.map_err(|source| SnapshotError::Write { path: self.memory_path.clone(), source })
     }
@@ -108,6 +102,49 @@ impl NewFiles {
         file.write_all(&serde_json::to_vec(document)?)?;
         file.sync_all()
     }
+}
+
+fn replace_memory(path: &Path) -> Deed {
+    Deed::Replace { from: beside(path), to: path.to_owned() }
+}
+
+fn replace_state(path: &Path) -> Deed {
+    Deed::ReplaceState { from: beside(path), to: path.to_owned() }
+}
+
+fn file_rights(replace: Deed) -> Vec<Right> {
+    let (Deed::Replace { from, to } | Deed::ReplaceState { from, to }) = &replace else { return Vec::new() };
+    vec![
+        Right::Open(HostFile::Replacement(from.clone())),
+        Right::Open(HostFile::Read(to.clone())),
+        Right::Perform(Deed::RemoveFile(from.clone())),
+        Right::Perform(replace),
+    ]
+}
+
+/// Has a state's file say what it says in a new one, of which only the caller knows, once it is found to be in order.
+///
+/// # Errors
+/// The host's, and those of `is_in_order`.
+pub fn write_anew(
+    path: &Path,
+    config: impl FnOnce(&[u8]) -> io::Result<SavedVm>,
+    is_in_order: impl FnOnce(&SavedVm) -> io::Result<()>,
+) -> io::Result<()> {
+    let text = read_document(path, &OpenDirectly).map_err(io::Error::other)?;
+    is_in_order(&config(&text)?)?;
+    std::fs::remove_file(path)?;
+    let mut file = OpenDirectly.open(&HostFile::New(path.to_owned()))?;
+    file.write_all(&text)?;
+    file.sync_all()
+}
+
+/// What the file of a state says of the VM's configuration.
+///
+/// # Errors
+/// When it is none.
+pub fn config_of_state(text: &[u8]) -> io::Result<SavedVm> {
+    Ok(serde_json::from_slice::<Document<SavedVm, serde::de::IgnoredAny>>(text)?.config)
 }
 
 impl Drop for NewFiles {

@@ -20,7 +20,8 @@ use crate::observe::rfc3339;
 use crate::shelf::is_taken;
 
 const MANIFEST: &str = "manifest.json";
-const CONFIG: &str = "config.json";
+/// What of a snapshot people may read and change: a [`SavedVm`].
+pub const CONFIG: &str = "config.json";
 const STATE: &str = "state.json";
 const MEMORY: &str = "memory";
 

@@ -26,8 +26,8 @@ use std::fs::File;
 use serde::{Deserialize, Serialize};
 
 pub use self::error::SnapshotError;
-pub use self::files::NewFiles;
-pub use self::folder::{Folder, NewFolder};
+pub use self::files::{NewFiles, config_of_state, write_anew};
+pub use self::folder::{CONFIG, Folder, NewFolder};
 pub use self::manifest::VERSION as FILE_VERSION;
 pub use self::manifest::{CpuNeeds, Manifest, PartEntry};
 pub use self::overlay::{Overlay, is_nameless};

@@ -206,6 +206,34 @@ fn a_disk_that_is_gone_is_named_with_what_overrides_it() {
     vm.kill().expect_code(5);
 }
 
+/// A VMM in its jail is not where its user was.
+#[test]
+fn a_disk_that_was_named_from_where_one_was_is_found_from_elsewhere() {
+    let dir = tempdir().unwrap();
+    disk_with(dir.path(), "disk", &vec![7; 1 << 20]);
+    let mut command = vmm();
+    command.current_dir(dir.path());
+    let vm = Vm::start_in(dir, command);
+    vm.put("/drives/data", &json!({ "drive_id": "data", "is_root_device": false, "path_on_host": "disk" }).to_string());
+    vm.boot_hello("end=echo");
+    let snap = vm.path("snap");
+    save(&vm, &json!({ "path": snap, "disks": false }));
+    let files = [vm.path("state"), vm.path("memory")];
+    vm.patch("/vm", r#"{"state":"Paused"}"#);
+    vm.put("/snapshot/create", &json!({ "snapshot_path": files[0], "mem_file_path": files[1] }).to_string());
+    let config: Value = serde_json::from_slice(&std::fs::read(snap.join("config.json")).unwrap()).unwrap();
+    assert_eq!(config["disks"][0]["config"]["path"], json!(vm.path("disk")));
+    vm.patch("/vm", r#"{"state":"Resumed"}"#);
+    // After a reset it is still where it was.
+    vm.put("/v2/vm/power", r#"{"power":"reset"}"#);
+    vm.put("/v2/vm/resize", r#"{"disks":{"data":2097152}}"#);
+    assert_eq!(std::fs::metadata(vm.path("disk")).unwrap().len(), 2 << 20);
+    vm.patch("/drives/data", r#"{"drive_id":"data","path_on_host":"disk"}"#);
+    let Vm { running, dir: _dir, .. } = vm;
+    drop(running);
+    goes_on(Running::start(&mut restore(&snap)));
+}
+
 #[test]
 fn a_full_disk_costs_the_snapshot_and_not_the_vm() {
     if !rustix::process::geteuid().is_root() {

@@ -1,8 +1,9 @@
 //! `tranche stop`, `kill`, `restart`, `rm` and `rename`.
 
+use std::io::{self, Read, Write};
 use std::os::unix::net::UnixStream;
 use std::process::ExitCode;
-use std::time::Duration;
+use std::time::{Duration, Instant};
 
 use clap::Args;
 use rustix::process::{Signal, pidfd_send_signal};
@@ -212,11 +213,40 @@ pub fn ask_text(vm: &Vm, path: &str) -> Result<String, Failure> {
 }
 
 fn exchange(vm: &Vm, method: &str, path: &str, body: Option<&[u8]>) -> Result<Answer, Failure> {
-    let socket = UnixStream::connect(vm.api_socket()).and_then(|socket| {
-        socket.set_read_timeout(Some(ANSWER_PATIENCE))?;
-        Ok(socket)
-    });
-    let socket = socket.map_err(|source| ClientError::Connect { path: vm.api_socket(), source });
+    let socket = UnixStream::connect(vm.api_socket())
+        .map(|socket| InTime { socket, deadline: Instant::now() + ANSWER_PATIENCE })
+        .map_err(|source| ClientError::Connect { path: vm.api_socket(), source });
     let asked = socket.and_then(|socket| Client::over(socket).request(method, path, body));
     asked.map_err(Failure::client(vm))
+}
+
+/// A connection for one question, all of whose answer has to come in time.
+struct InTime {
+    socket: UnixStream,
+    deadline: Instant,
+}
+
+impl InTime {
+    fn left(&self) -> io::Result<Option<Duration>> {
+        let left = self.deadline.saturating_duration_since(Instant::now());
+        if left.is_zero() { Err(io::ErrorKind::TimedOut.into()) } else { Ok(Some(left)) }
+    }
+}
+
+impl Read for InTime {
+    fn read(&mut self, buffer: &mut [u8]) -> io::Result<usize> {
+        self.socket.set_read_timeout(self.left()?)?;
+        self.socket.read(buffer)
+    }
+}
+
+impl Write for InTime {
+    fn write(&mut self, bytes: &[u8]) -> io::Result<usize> {
+        self.socket.set_write_timeout(self.left()?)?;
+        self.socket.write(bytes)
+    }
+
+    fn flush(&mut self) -> io::Result<()> {
+        Ok(())
+    }
 }

@@ -183,7 +183,8 @@ fn keeper(vm: Vm) -> Keeper {
         let keep = || {
             let change = vm.change()?;
             let mut definition = vm.definition()?;
-            (definition.vm.cpus, definition.vm.memory) = (size.cpus, size.memory);
+            definition.vm.cpus = size.cpus.unwrap_or(definition.vm.cpus);
+            definition.vm.memory = size.memory.unwrap_or(definition.vm.memory);
             vm.define(&change, &definition)
         };
         keep().map_err(|error| exit::one_line(&error))

@@ -184,7 +184,9 @@ fn counts(text: &str) -> BTreeMap<String, u64> {
     for line in text.lines().filter(|line| !line.starts_with('#')) {
         if let Some((name, count)) = line.rsplit_once(' ') {
             let name = name.split('{').next().unwrap_or(name);
-            *counts.entry(name.to_owned()).or_default() += count.parse::<u64>().unwrap_or(0);
+            let sum: &mut u64 = counts.entry(name.to_owned()).or_default();
+            // What a VMM says that may be in other hands.
+            *sum = sum.saturating_add(count.parse().unwrap_or(0));
         }
     }
     counts
@@ -197,7 +199,10 @@ fn compare(before: &BTreeMap<String, Sample>, now: &BTreeMap<String, Sample>, ti
         let before = before.get(name).filter(|before| before.pid == now.pid).cloned().unwrap_or_default();
         let percent = |now: Duration, before| now.saturating_sub(before).as_secs_f64() / seconds * 100.0;
         let rate = |names: &[&str]| {
-            let of = |sample: &Sample| names.iter().map(|name| sample.counts.get(*name).unwrap_or(&0)).sum::<u64>();
+            let of = |sample: &Sample| {
+                let counts = names.iter().filter_map(|name| sample.counts.get(*name).copied());
+                counts.fold(0, u64::saturating_add)
+            };
             (of(now).saturating_sub(of(&before)) as f64 / seconds) as u64
         };
         Usage {
