@@ -21,7 +21,7 @@ use super::terminal::RawTerminal;
 use crate::backend::disk::uring::make_last_rings;
 use crate::backend::{HostFiles, OpenDirectly, Right};
 use crate::config::{JailLevel, SerialConfig};
-use crate::control::{Call, Keeper, NextSize, Owner};
+use crate::control::{Keeper, Owner};
 use crate::jail::{self, Ask, AskParent, Cgroup, Given, JailError, News, Parent, Policy, Side};
 use crate::machine::{Budgets, End};
 use crate::memory::release_startup_code;
@@ -32,9 +32,6 @@ const LAST_PATIENCE: i64 = 500;
 
 /// So many signals that ask for an end have the VMM killed, whatever it is about to do.
 const PRESSES: u32 = 3;
-
-/// Most sizes that are remembered for a VMM that does not take them up.
-const MOST_SIZES: usize = 16;
 
 /// What is there before there is a jail.
 pub struct Outside {
@@ -231,8 +228,7 @@ fn try_run(outside: Outside, inside: impl FnOnce(Inside) -> Result<End, StartErr
             duties.console.take().map_or(Ok(()), |serve| serve()).map_err(host)?;
             let terminal = RawTerminal::guard().map_err(host)?;
             let parent = Parent::new(socket, pid, Policy::knowing(rights), cgroup);
-            let outcome =
-                Supervisor { parent, process, pass_on, signals, front, duties, sizes: Vec::new() }.supervise(pid)?;
+            let outcome = Supervisor { parent, process, pass_on, signals, front, duties }.supervise(pid)?;
             drop(terminal);
             Ok(outcome.unwrap_or_else(|unnatural| unnatural.report()))
         }
@@ -247,8 +243,6 @@ struct Supervisor {
     signals: Signals,
     front: Option<ApiFront>,
     duties: Duties,
-    /// What clients have asked for, and the VMM has not said yet that it is to be.
-    sizes: Vec<NextSize>,
 }
 
 /// An end that the VMM has not told of.
@@ -294,33 +288,7 @@ impl Supervisor {
                 }
             }
             if let Some(front) = &mut self.front {
-                let (policy, sizes) = (&mut self.parent.policy, &mut self.sizes);
-                let (mut more, mut disks, mut largest) = (0, Vec::new(), 0);
-                front.relay.go_on(&ready[3..], &mut |call| {
-                    policy.hear(call);
-                    match call {
-                        Call::Resize(request) => {
-                            more = u64::saturating_add(more, request.memory_bytes.unwrap_or(0));
-                            sizes.truncate(MOST_SIZES - 1);
-                            sizes.extend(NextSize::of(request));
-                            largest = request.disks.values().copied().fold(largest, u64::max);
-                        }
-                        Call::PatchDrive(patch) => disks.extend(patch.path_on_host.clone()),
-                        Call::PutDrive(drive) => disks.extend(drive.path_on_host.clone()),
-                        _ => {}
-                    }
-                });
-                // It is for the life after the next reset. Nothing else that comes here changes the limit.
-                if more > 0 {
-                    let _ = self.parent.allow_memory(more);
-                }
-                // Its file may be another one now, or a larger one.
-                for disk in disks {
-                    let _ = self.parent.allow_disk(&disk);
-                }
-                if largest > 0 {
-                    let _ = self.parent.allow_files(largest);
-                }
+                front.relay.go_on(&ready[3..], &mut |call| self.parent.hear(call));
             }
             if ready[0].is_empty() {
                 // It may have given its end of the socket to somebody who keeps it.
@@ -337,12 +305,7 @@ impl Supervisor {
                     release_startup_code();
                 }
                 News::KeepSize(size) => {
-                    let asked = self.sizes.iter().position(|asked| *asked == size);
-                    let kept = match (&mut self.duties.keeper, asked.map(|index| self.sizes.swap_remove(index))) {
-                        (Some(keeper), Some(size)) => keeper(size),
-                        (None, _) => Ok(()),
-                        (_, None) => Err("no client has asked for that size".to_owned()),
-                    };
+                    let kept = self.duties.keeper.as_mut().map_or(Ok(()), |keeper| keeper(size));
                     let given = kept.map_or_else(|why| Given::Failed(io::Error::other(why)), |()| Given::Done);
                     self.parent.answer(&given, &[]);
                 }

@@ -20,6 +20,7 @@ use rustix::net::SendFlags;
 use super::wire::{self, Ask, Given};
 use crate::backend::HostFile;
 use crate::backend::disk::uring::kept_ring;
+use crate::control::NextSize;
 use crate::threads::Kind;
 
 /// What a test waits for.
@@ -273,12 +274,23 @@ fn try_it(attempt: &str, parent: i32) -> io::Result<()> {
                 }
             }
         }
+        "ask-to-grow" => {
+            let size = NextSize { cpus: Some(64), memory: None };
+            ask(parent, &Ask::KeepSize(size), &[]).map(drop)
+        }
+        "ask-for-pagemap" => {
+            let pagemap = crate::memory::pagemap()?;
+            ask(parent, &Ask::OpenAgain { read_only: true }, &[pagemap.as_fd()]).map(drop)
+        }
+        "take-lease" => {
+            let arguments = [0, libc::F_SETLEASE as usize, libc::F_RDLCK as usize, 0, 0, 0];
+            call(libc::SYS_fcntl, arguments).map(drop)
+        }
         "read-environment" => std::env::var("SECRET").map(drop).map_err(io::Error::other),
         "read-inherited" => {
             let mut byte = [0u8];
             call(libc::SYS_read, [process, byte.as_mut_ptr().addr(), 1, 0, 0, 0]).map(drop)
         }
-        "nothing" => Ok(()),
-        _ => Err(io::Error::other("an unknown attempt")),
+        _ => panic!("an unknown attempt"),
     }
 }

@@ -4,7 +4,7 @@
 
 use std::ffi::OsString;
 use std::fs::{self, File};
-use std::io;
+use std::io::{self, Write};
 use std::os::fd::AsFd;
 use std::os::unix::fs::{DirBuilderExt, MetadataExt, OpenOptionsExt, PermissionsExt, chown};
 use std::os::unix::process::CommandExt;
@@ -158,7 +158,9 @@ fn copy_program(program: &Path, copy: &Path) -> Result<(), ChrootError> {
 }
 
 fn write_pid(file: &Path, pid: u32, config: &ChrootConfig) -> Result<(), ChrootError> {
-    fs::write(file, pid.to_string()).map_err(path("write", file))?;
+    // What is there may be a name that a VMM has given to something else.
+    let made = File::options().write(true).create_new(true).open(file).and_then(|mut file| write!(file, "{pid}"));
+    made.map_err(path("write", file))?;
     chown(file, Some(config.user), Some(config.group)).map_err(path("give away", file))
 }
 
@@ -214,8 +216,10 @@ fn join_cgroups(config: &CgroupConfig, program: &Path, id: &str) -> Result<(), C
             .ok_or_else(|| ChrootError::Controller { version: config.version, controller: controller.to_owned() })?;
         let dir = mount.join(parent).join(id);
         fs::create_dir_all(&dir).map_err(path("make the cgroup", &dir))?;
-        if config.version == 2 {
-            delegate(&mount, &dir, controller)?;
+        match (config.version, controller) {
+            (2, _) => delegate(&mount, &dir, controller)?,
+            (_, "cpuset") => inherit(&mount, &dir)?,
+            _ => {}
         }
         let file = dir.join(file);
         fs::write(&file, value).map_err(path("write", &file))?;
@@ -242,6 +246,22 @@ fn delegate(mount: &Path, dir: &Path, controller: &str) -> Result<(), ChrootErro
         let file = group.join("cgroup.subtree_control");
         fs::write(&file, format!("+{controller}")).map_err(path("write", &file))
     })
+}
+
+/// Has new groups of version 1 have the CPUs and memory of those above them: none, at first, which nobody can be in.
+fn inherit(mount: &Path, dir: &Path) -> Result<(), ChrootError> {
+    let groups: Vec<_> = dir.ancestors().take_while(|group| group.starts_with(mount) && *group != mount).collect();
+    for group in groups.into_iter().rev() {
+        for name in ["cpuset.cpus", "cpuset.mems"] {
+            let file = group.join(name);
+            if fs::read_to_string(&file).map_err(path("read", &file))?.trim().is_empty() {
+                let above = group.with_file_name(name);
+                let above = fs::read_to_string(&above).map_err(path("read", &above))?;
+                fs::write(&file, above.trim()).map_err(path("write", &file))?;
+            }
+        }
+    }
+    Ok(())
 }
 
 /// Where a hierarchy is mounted, of the text of /proc/mounts.

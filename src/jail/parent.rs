@@ -8,7 +8,7 @@ use std::path::Path;
 use std::process::Child;
 use std::sync::Arc;
 
-use rustix::fs::{Mode, OFlags};
+use rustix::fs::OFlags;
 use rustix::net::SendFlags;
 use rustix::process::{Pid, Resource, Rlimit, getrlimit, prlimit};
 
@@ -21,7 +21,7 @@ use crate::backend::kernel_cache::UnpackedKernels;
 use crate::backend::tap::TapQueue;
 use crate::backend::{Deed, HostFile, HostFiles, OpenDirectly, Right, passt};
 use crate::config::{SavedVm, UserNetwork};
-use crate::control::{Disks, NextSize};
+use crate::control::{Call, Disks, NextSize};
 use crate::memory;
 use crate::snapshot::{CONFIG, config_of_state, write_anew};
 
@@ -32,6 +32,9 @@ const MORE_MEMORY: u64 = 256 << 20;
 /// output, what a snapshot has besides.
 const MORE_FILE: u64 = 1 << 30;
 
+/// Most sizes that are remembered for a VMM that does not take them up.
+const MOST_SIZES: usize = 16;
+
 /// The parent's end.
 pub struct Parent {
     socket: OwnedFd,
@@ -40,7 +43,11 @@ pub struct Parent {
     memory: Option<u64>,
     /// Bytes of its largest disk.
     largest_disk: u64,
-    pub policy: Policy,
+    /// How often clients have asked for a look at a disk's size, and the VMM has not opened it for that yet.
+    looks: u32,
+    policy: Policy,
+    /// Sizes that clients have asked for, and that the VMM has not said yet are to be.
+    sizes: Vec<NextSize>,
     /// What runs for the VM; ends with it.
     helpers: Vec<Helper>,
     /// How many of them there were when the guest began to run: one for each network.
@@ -93,7 +100,9 @@ impl Parent {
             pid,
             memory: None,
             largest_disk: 0,
+            looks: 0,
             policy,
+            sizes: Vec::new(),
             helpers: Vec::new(),
             most_helpers: 0,
             kernels: None,
@@ -105,6 +114,25 @@ impl Parent {
     #[must_use]
     pub fn ran_out_of_memory(&self) -> bool {
         self.cgroup.as_ref().is_some_and(Cgroup::ran_out_of_memory)
+    }
+
+    /// A client asks for something, which the VMM does not know yet: what that takes is the VMM's from now on.
+    pub fn hear(&mut self, call: &Call) {
+        self.policy.hear(call);
+        // What cannot be allowed, the VMM will miss, and say so.
+        let _ = match call {
+            Call::Resize(request) => {
+                self.sizes.truncate(MOST_SIZES - 1);
+                self.sizes.extend(NextSize::of(request));
+                // Memory is for the life after the next reset.
+                let memory = request.memory_bytes.map_or(Ok(()), |bytes| self.allow_memory(bytes));
+                memory.and(request.disks.values().try_for_each(|&bytes| self.allow_files(bytes)))
+            }
+            // Its file may be another one now, or, where none is named, a larger one.
+            Call::PatchDrive(drive) => self.allow_disk(drive.path_on_host.as_deref()),
+            Call::PutDrive(drive) => self.allow_disk(drive.path_on_host.as_deref()),
+            _ => Ok(()),
+        };
     }
 
     /// Takes in a message, and waits for one if there is none.
@@ -122,7 +150,13 @@ impl Parent {
         self.reap();
         match ask {
             Ask::Started => News::Started,
-            Ask::KeepSize(size) => News::KeepSize(size),
+            Ask::KeepSize(size) => match self.sizes.iter().position(|asked| *asked == size) {
+                Some(index) => News::KeepSize(self.sizes.swap_remove(index)),
+                None => {
+                    let why = io::Error::other("the jail does not allow it: no client has asked for that size");
+                    self.answer(&Given::Failed(why), &[])
+                }
+            },
             Ask::Ended { code, reason } => News::Ended { code, reason },
             ask => {
                 let (given, fds) = self.give(ask, received).unwrap_or_else(|error| (Given::Failed(error), Vec::new()));
@@ -153,10 +187,7 @@ impl Parent {
     }
 
     /// Lets the VMM map so many bytes more.
-    ///
-    /// # Errors
-    /// The host's.
-    pub fn allow_memory(&mut self, bytes: u64) -> io::Result<()> {
+    fn allow_memory(&mut self, bytes: u64) -> io::Result<()> {
         if let Some(memory) = &mut self.memory {
             *memory = memory.saturating_add(bytes);
             let memory = *memory;
@@ -167,24 +198,18 @@ impl Parent {
     }
 
     /// Lets the VMM's files become as large as this disk, which a client has named or changed.
-    ///
-    /// # Errors
-    /// The host's.
-    pub fn allow_disk(&mut self, path: &Path) -> io::Result<()> {
-        // Whatever it is: it may be a pipe that nobody writes to.
-        let flags = OFlags::RDONLY | OFlags::NONBLOCK | OFlags::CLOEXEC;
-        match rustix::fs::open(path, flags, Mode::empty()) {
-            Ok(file) => self.allow_files(rustix::fs::fstat(file)?.st_size.unsigned_abs()),
-            // The VMM will hear of it.
-            Err(_) => Ok(()),
+    fn allow_disk(&mut self, path: Option<&Path>) -> io::Result<()> {
+        match path {
+            Some(path) => self.allow_files(fs::metadata(path)?.len()),
+            None => {
+                self.looks = self.looks.saturating_add(1);
+                Ok(())
+            }
         }
     }
 
-    /// Lets the VMM's files become so large, in bytes, which a client has asked for.
-    ///
-    /// # Errors
-    /// The host's.
-    pub fn allow_files(&mut self, bytes: u64) -> io::Result<()> {
+    /// Lets the VMM's files become so large, in bytes.
+    fn allow_files(&mut self, bytes: u64) -> io::Result<()> {
         self.largest_disk = self.largest_disk.max(bytes);
         self.limit_files()
     }
@@ -234,6 +259,10 @@ impl Parent {
             Ask::Open(file) => {
                 self.check(Right::Open(file.clone()))?;
                 let opened = host.open(&file)?;
+                if matches!(file, HostFile::Disk { .. }) && self.looks > 0 {
+                    self.looks -= 1;
+                    self.allow_files(opened.metadata()?.len())?;
+                }
                 if let HostFile::Disk { path, .. } = &file
                     && let Some(Err(error)) = self.cgroup.as_ref().map(|cgroup| cgroup.limit_disk(&opened))
                 {
@@ -394,7 +423,7 @@ mod tests {
     use rustix::net::{AddressFamily, SocketFlags, SocketType, socketpair};
 
     use crate::backend::descriptors;
-    use crate::control::{Call, Drives};
+    use crate::control::Drives;
 
     fn parent() -> (Parent, OwnedFd) {
         let sockets = socketpair(AddressFamily::UNIX, SocketType::SEQPACKET, SocketFlags::CLOEXEC, None);

@@ -154,6 +154,29 @@ fn it_is_in_cgroups_of_its_own() {
     std::fs::remove_dir(dir.parent().unwrap()).unwrap();
 }
 
+/// In a group of version 1 that is new there is no CPU, and no memory.
+#[test]
+fn a_cpuset_has_the_rest_of_what_is_above_it() {
+    let Some(scene) = Scene::new() else { return };
+    let mounts = std::fs::read_to_string("/proc/mounts").unwrap();
+    let has_cpusets = |line: &&str| line.contains(" cgroup ") && line.contains("cpuset");
+    let Some(mount) = mounts.lines().find(has_cpusets).and_then(|line| line.split(' ').nth(1)) else {
+        return not_tested("the jailer's cpusets: this host has none of version 1");
+    };
+    let parent = format!("tranche-test-{}", std::process::id());
+    let args = ["--id", "c", "--cgroup", "cpuset.cpus=0", "--parent-cgroup", &parent];
+    let running = Running::start(scene.jailer(&args).args(["--", "--api-sock", "/api.sock"]));
+    assert_eq!(ask(&scene.root("c").join("api.sock"), "GET", "/", ""), 200, "{}", running.errors.text());
+    let dir = Path::new(mount).join(&parent).join("c");
+    assert_eq!(std::fs::read_to_string(dir.join("cpuset.cpus")).unwrap(), "0\n");
+    let status = std::fs::read_to_string(format!("/proc/{}/status", running.child.id())).unwrap();
+    assert!(status.contains("Cpus_allowed_list:\t0\n"), "{status}");
+    running.signal(Signal::KILL);
+    running.wait(LIMIT);
+    std::fs::remove_dir(&dir).unwrap();
+    std::fs::remove_dir(dir.parent().unwrap()).unwrap();
+}
+
 #[test]
 fn what_makes_no_sense_is_refused() {
     let Some(scene) = Scene::new() else { return };

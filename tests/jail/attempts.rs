@@ -112,6 +112,9 @@ const ATTEMPTS: &[Attempt] = &[
     attempt("ask-for-shadow", Victim::Nothing, NOT_NAMED, NOT_NAMED, Either),
     attempt("ask-for-disk", Victim::OtherDisk, NOT_NAMED, NOT_NAMED, Either),
     attempt("ask-to-write", Victim::Kernel, NOT_NAMED, NOT_NAMED, Either),
+    attempt("ask-to-grow", Victim::Nothing, Fails("no client has asked"), Fails("no client has asked"), Either),
+    attempt("ask-for-pagemap", Victim::Nothing, Fails("Invalid argument"), Fails("Invalid argument"), Either),
+    attempt("take-lease", Victim::Nothing, Trapped("fcntl"), Either, Either),
     attempt("ask-for-more", Victim::OwnReadOnlyDisk, Fails("Permission denied"), Fails("Permission denied"), Either),
 ];
 
@@ -142,6 +145,14 @@ impl Scene {
     /// One for each test of this process, which may run at the same time.
     fn name() -> String {
         format!("tranche-test-{:?}", std::thread::current().id())
+    }
+
+    /// Lets any user at it.
+    fn open_to_all(&self) {
+        for name in ["other", "own", "read-only", "socket"] {
+            std::fs::set_permissions(self.file(name), std::os::unix::fs::PermissionsExt::from_mode(0o666)).unwrap();
+        }
+        std::fs::set_permissions(self.dir.path(), std::os::unix::fs::PermissionsExt::from_mode(0o777)).unwrap();
     }
 
     fn file(&self, name: &str) -> String {
@@ -217,6 +228,9 @@ fn run() -> Command {
     command
 }
 
+/// The kinds of threads.
+const KINDS: [&str; 4] = ["main", "vcpu", "io", "api"];
+
 /// What comes of an attempt in a strict jail, where that is not the same on all kinds of threads.
 fn strict_on(kind: &str, attempt: &Attempt) -> Fate {
     match (kind, attempt.name) {
@@ -270,17 +284,32 @@ fn of_an_ordinary_users_vmm() {
         return not_tested("an ordinary user: only root can play one");
     }
     let (scene, nobody) = (Scene::new(), Nobody::new());
-    for name in ["other", "own", "read-only", "socket"] {
-        let mode = std::os::unix::fs::PermissionsExt::from_mode(0o666);
-        std::fs::set_permissions(scene.file(name), mode).unwrap();
-    }
-    std::fs::set_permissions(scene.dir.path(), std::os::unix::fs::PermissionsExt::from_mode(0o777)).unwrap();
+    scene.open_to_all();
     let kernel = nobody.kernel();
     for attempt in ATTEMPTS {
-        scene.try_it(&mut nobody.run(&[]), &kernel, "vcpu", attempt, strict_on("vcpu", attempt));
+        for kind in KINDS {
+            scene.try_it(&mut nobody.run(&[]), &kernel, kind, attempt, strict_on(kind, attempt));
+        }
         let mut unfiltered = nobody.run(&[]);
         unfiltered.env("TRANCHE_ATTACK_UNFILTERED", "1");
         scene.try_it(&mut unfiltered, &kernel, "main", attempt, attempt.unfiltered);
+    }
+}
+
+/// Where there are no namespaces, what is left of a jail refuses the same.
+#[test]
+fn in_a_jail_that_lacks_namespaces() {
+    if !is_root() {
+        return not_tested("a host without user namespaces: only root can make one");
+    }
+    let (scene, nobody) = (Scene::new(), Nobody::new());
+    scene.open_to_all();
+    let kernel = nobody.kernel();
+    for attempt in ATTEMPTS {
+        for kind in KINDS {
+            let mut run = nobody.run_without_user_namespaces("compat");
+            scene.try_it(&mut run, &kernel, kind, attempt, strict_on(kind, attempt));
+        }
     }
 }
 

@@ -3,6 +3,8 @@
 use std::process::Command;
 use std::time::Duration;
 
+use rustix::process::Signal;
+
 use crate::support::nobody::Nobody;
 use crate::support::{Running, guests, not_tested, tranche};
 
@@ -21,6 +23,23 @@ fn a_guest_runs_at_each_level_and_off_is_said_loudly() {
         assert!(ended.output.contains("memory="), "{level}: {ended:?}");
         assert!(ended.errors.contains(said) && ended.errors.is_empty() == said.is_empty(), "{level}: {ended:?}");
     }
+}
+
+/// It may be in other hands, and heed nothing.
+#[test]
+fn a_vmm_that_does_not_end_is_ended_by_the_third_signal() {
+    let dir = tempfile::tempdir().unwrap();
+    let socket = dir.path().join("s");
+    let running = Running::start(run().args(["--cmdline", "end=halt", "--api-sock"]).arg(&socket));
+    running.output.wait_for("\nend\n", LIMIT);
+    let vmm = rustix::process::Pid::from_raw(running.vmm().cast_signed()).unwrap();
+    rustix::process::kill_process(vmm, Signal::STOP).unwrap();
+    for signal in [Signal::TERM, Signal::INT, Signal::HUP] {
+        running.signal(signal);
+    }
+    let ended = running.wait(LIMIT).expect_code(5);
+    assert!(ended.errors.contains("ended by a third signal"), "{ended:?}");
+    assert!(rustix::process::test_kill_process(vmm).is_err(), "the VMM is gone");
 }
 
 #[test]

@@ -221,6 +221,9 @@ fn a_running_guest_hears_of_a_larger_disk_at_once() {
     home.done(&["resize", "a", "--live", "--disk", "d=8M"]);
     assert_eq!(fs::metadata(home.path("disk")).unwrap().len(), 8 * MIB);
     assert_eq!(home.inspect("a")["pending"], false);
+    // More than its VMM could have made any file until then.
+    home.done(&["resize", "a", "--live", "--disk", "d=3G"]);
+    assert_eq!(fs::metadata(home.path("disk")).unwrap().len(), 3 << 30);
     home.refused(
         &["resize", "a", "--live", "--disk", "d=2M"],
         97,
