@@ -46,7 +46,7 @@ pub enum CgroupError {
     NotDelegated(PathBuf),
     #[error("cgroups here have no controller '{0}'")]
     NoController(&'static str),
-    #[error("cgroups here have no controllers")]
+    #[error("no controllers are switched on for cgroups here")]
     NoControllers,
     #[error("cannot {what} {}", path.display())]
     Path { what: &'static str, path: PathBuf, source: io::Error },

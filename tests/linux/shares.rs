@@ -3,10 +3,11 @@
 use std::fs;
 use std::path::{Path, PathBuf};
 use std::process::{Child, Command, Stdio};
-use std::time::Duration;
+use std::time::{Duration, Instant};
 
 use rustix::process::Signal;
 use tempfile::TempDir;
+use tranche::api::client::Client;
 
 use crate::guest::{Guest, LIMIT, assets, turn, value};
 use crate::support::{Running, not_tested, tranche};
@@ -44,11 +45,27 @@ fn cpu_time(vm: &Running) -> f64 {
     stat.lines().find_map(|line| line.strip_prefix("usage_usec ")).unwrap().parse().unwrap()
 }
 
+/// Bytes a second that a VM writes to its disks, over some time.
+fn written_in(socket: &Path, time: Duration) -> f64 {
+    let written = || -> u64 {
+        let metrics = Client::connect(socket).unwrap().request("GET", "/v2/metrics", None).unwrap().body;
+        let metrics = String::from_utf8(metrics).unwrap();
+        let of_own = |line: &str| line.strip_prefix("tranche_block_write_bytes_total{id=\"own\"} ")?.parse().ok();
+        metrics.lines().find_map(of_own).unwrap_or_else(|| panic!("{metrics}"))
+    };
+    let (before, begin) = (written(), Instant::now());
+    std::thread::sleep(time);
+    (written() - before) as f64 / begin.elapsed().as_secs_f64()
+}
+
 /// Of a guest's disk as much as there is, of its memory nearly all, and hundreds of processes.
 const BURN_THE_REST: &str =
     "mount -t tmpfs -o size=150M none /mnt; dd if=/dev/zero of=/mnt/x bs=1M count=140 2> /dev/null
     for process in $(seq 300); do sleep 3600 & done
     while :; do dd if=/dev/zero of=$(disk burn) bs=1M oflag=direct 2> /dev/null; done &";
+/// A file goes to the disk and back, over and over.
+const USE_DISK: &str = "while :; do dd if=/dev/urandom of=$(disk own) bs=64k count=100 oflag=direct 2> /dev/null
+    dd if=$(disk own) of=/dev/null bs=64k iflag=direct 2> /dev/null; done &";
 const BURN: &str = "for cpu in $(seq $(nproc)); do while :; do :; done & done; echo BURNS";
 
 #[test]
@@ -60,19 +77,25 @@ fn a_guest_that_burns_everything_leaves_its_neighbour_its_share() {
     let mut greedy = Guest::new("cloud").arg("--cpus", "6").arg("--cpu-weight", "100");
     greedy.command.args(["--memory", "512M", "--memory-limit", "700M", "--io-limit", "20M"]);
     let mut modest = Guest::beside("cloud").arg("--cpus", "2").arg("--cpu-weight", "100");
-    let modest = modest.start(&format!("{BURN}; sleep 3600"));
+    let (socket, own) = (modest.dir.path().join("s"), modest.dir.path().join("own"));
+    fs::File::create(&own).unwrap().set_len(8 << 20).unwrap();
+    modest.command.arg("--api-sock").arg(&socket).arg("--disk").arg(format!("{},id=own", own.display()));
+    let modest = modest.start(&format!("{USE_DISK}\n{BURN}; sleep 3600"));
     modest.output.wait_for("BURNS", LIMIT);
+    let alone = written_in(&socket, Duration::from_secs(3));
     let image = greedy.dir.path().join("burn");
     fs::File::create(&image).unwrap().set_len(32 << 20).unwrap();
     greedy.command.arg("--disk").arg(format!("{},id=burn", image.display()));
     let greedy = greedy.start(&format!("{BURN_THE_REST}\n{BURN}; sleep 3600"));
     greedy.output.wait_for("BURNS", LIMIT);
     let before = [cpu_time(&greedy), cpu_time(&modest)];
-    std::thread::sleep(Duration::from_secs(5));
+    let beside = written_in(&socket, Duration::from_secs(5));
     let [much, little] = [cpu_time(&greedy) - before[0], cpu_time(&modest) - before[1]];
     // Half of it is its share. Thread by thread it would be a quarter.
     let share = little / (much + little);
     assert!(share > 0.4, "{share}: {much} and {little}");
+    // Its disk takes CPU time, of which it has half as much as before.
+    assert!(beside > alone / 6.0, "{beside} bytes a second, {alone} without a neighbour");
     // A guest's processes are none of the host's, its memory is in its group, and its disk has its limit.
     let [tasks, memory] = ["pids.current", "memory.current"].map(|file| read(&group(&greedy).join(file)));
     assert!(tasks.parse::<u32>().unwrap() < 100, "{tasks}");
