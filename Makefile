@@ -69,6 +69,7 @@ clean: ## remove everything that was built (downloads stay in ~/.cache/tranche)
 
 release: ## build the program
 	$(CARGO) build --release
+	@! grep -aq TRANCHE_ATTACK $(RELEASE) || { echo "the hook for tests of the jail is in the release" >&2; exit 1; }
 
 setup: ## install the Debian packages that tests and guests need, or say which
 	@tests/lab/setup

@@ -17,7 +17,9 @@ use crate::store::Store;
 
 /// Say what this host has for VMs, what it lacks, and what to do about it
 #[derive(Debug, Args)]
-#[command(after_help = "Exit status: 0 VMs can run here, 99 they cannot; what is only of use does not count.")]
+#[command(
+    after_help = "Exit status: 0 VMs can run here, 99 they cannot (with --jail: not in a strict one); what is only of use does not count."
+)]
 pub struct DoctorArgs {
     /// Do what can be done about it: load modules, join the group of /dev/kvm. It takes root
     #[arg(long)]

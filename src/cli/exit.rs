@@ -83,7 +83,7 @@ Exit status: 0 the guest powered off, 3 it reset, 4 its kernel panicked, 5 it wa
 6 a vCPU could not go on, 7 who gave its memory has ended, 8 the VMM did what its jail forbids,
 9 it took more memory than its limit;
 1 an internal error, 2 wrong usage, 10 to 12 KVM, 13 and 14 memory, 15 a jail, 20 to 26 kernel, initrd and
-command line, 30 to 35 disks, 40 to 42 taps and vhost, 50 the serial port, 60 to 65 imported kernels,
+command line, 30 to 35 disks, 40 to 43 networks, 50 the serial port, 60 to 65 imported kernels,
 70 to 73 the API and descriptions of VMs, 80 to 83 snapshots, 90 to 98 named VMs, 99 a host that lacks something.
 See docs/exit-codes.md.";
 

@@ -292,8 +292,12 @@ fn close_inherited() -> io::Result<()> {
     Ok(())
 }
 
-/// What of the environment it needs.
-const KNOWN: [&str; 4] = ["TMPDIR=", "RUST_", "TRANCHE_ATTACK", "TRANCHE_VICTIM"];
+/// What of the environment it needs; tests say there what it is to attempt.
+const KNOWN: &[&str] = if cfg!(debug_assertions) {
+    &["TMPDIR=", "RUST_", "TRANCHE_ATTACK", "TRANCHE_VICTIM"]
+} else {
+    &["TMPDIR=", "RUST_"]
+};
 
 /// Writes zeroes over the rest, which may be somebody's secrets.
 fn forget_environment() {
