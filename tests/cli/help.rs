@@ -14,7 +14,7 @@ fn help_tells_the_exit_status() {
     for args in [&["help"][..], &["--help"], &["help", "run"], &["run", "--help"], &["run", "-h"]] {
         let ended = Running::start(tranche().args(args)).wait(LIMIT).expect_code(0);
         assert!(ended.output.contains("Exit status: 0 the guest powered off"), "{args:?}:\n{}", ended.output);
-        assert!(ended.output.contains("40 to 42 taps"), "{args:?}:\n{}", ended.output);
+        assert!(ended.output.contains("40 to 43 networks"), "{args:?}:\n{}", ended.output);
         assert_eq!(ended.errors, "");
     }
 }
