@@ -120,6 +120,39 @@ pub enum Right {
     Connect(PathBuf),
 }
 
+impl Right {
+    /// The paths that it is about.
+    pub fn paths(&mut self) -> Vec<&mut PathBuf> {
+        match self {
+            Self::Open(HostFile::Kvm | HostFile::Userfault | HostFile::VhostNet)
+            | Self::JoinTap(_)
+            | Self::StartPasst(_) => Vec::new(),
+            Self::Open(
+                HostFile::BootFile(path)
+                | HostFile::Disk { path, .. }
+                | HostFile::SerialOutput(path)
+                | HostFile::Log(path)
+                | HostFile::Read(path)
+                | HostFile::New(path)
+                | HostFile::Replacement(path)
+                | HostFile::Nameless(path)
+                | HostFile::Place(path),
+            )
+            | Self::Perform(
+                Deed::MakeDir(path) | Deed::RemoveFile(path) | Deed::RemoveTree(path) | Deed::MakeReadOnly(path),
+            )
+            | Self::Below(path)
+            | Self::Link(path)
+            | Self::Canonical(path)
+            | Self::Listen(path)
+            | Self::Connect(path) => vec![path],
+            Self::Perform(Deed::Place { from, to } | Deed::Replace { from, to } | Deed::ReplaceState { from, to }) => {
+                vec![from, to]
+            }
+        }
+    }
+}
+
 /// Another process that we are connected to.
 #[derive(Debug)]
 pub struct Peer {

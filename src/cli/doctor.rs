@@ -11,7 +11,7 @@ use super::exit::{self, Exit};
 use super::table::{Format, Table};
 use crate::backend::OpenDirectly;
 use crate::config::Share;
-use crate::jail::{self, Cgroup, Layer, landlock_version};
+use crate::jail::{self, Cgroup, Layer, kernel_version, landlock_version};
 use crate::machine::look_at_kvm;
 use crate::store::Store;
 
@@ -82,6 +82,11 @@ impl Finding {
         self
     }
 
+    /// What is not there is not only missed.
+    fn needed(self) -> Self {
+        if self.verdict == Verdict::Missing { Self { verdict: Verdict::Fail, ..self } } else { self }
+    }
+
     /// There, or only missed.
     fn of(what: &'static str, there: bool, found: impl Into<String>, advice: &str) -> Self {
         let verdict = if there { Verdict::Ok } else { Verdict::Missing };
@@ -115,9 +120,8 @@ fn examine_jail() -> Vec<Finding> {
     let layer = |layer: Layer, found: String, advice: &str| {
         let why = missing.iter().find(|missing| missing.0 == layer).map(|missing| missing.1.clone());
         let is_there = why.is_none();
-        let finding = Finding::of(layer.name(), is_there, why.unwrap_or(found), advice);
         // A strict jail, which VMs have by default, has all of them.
-        if is_there { finding } else { Finding { verdict: Verdict::Fail, ..finding } }
+        Finding::of(layer.name(), is_there, why.unwrap_or(found), advice).needed()
     };
     let landlock = landlock_version().unwrap_or(0);
     let restricts = match landlock {
@@ -162,8 +166,7 @@ fn profile() -> String {
 fn seccomp() -> Finding {
     let is_there = read("/proc/sys/kernel/seccomp/actions_avail").is_some_and(|actions| actions.contains("trap"));
     let found = if is_there { "a policy for each kind of thread: main, vcpu, api, io" } else { "not in this kernel" };
-    let finding = Finding::of("seccomp", is_there, found, "a kernel with CONFIG_SECCOMP_FILTER");
-    if is_there { finding } else { Finding { verdict: Verdict::Fail, ..finding } }
+    Finding::of("seccomp", is_there, found, "a kernel with CONFIG_SECCOMP_FILTER").needed()
 }
 
 fn table(findings: &[Finding]) -> String {
@@ -225,12 +228,9 @@ fn examine() -> Vec<Finding> {
 
 fn versions() -> Finding {
     let system = rustix::system::uname();
-    let release = system.release().to_string_lossy().into_owned();
-    let number = |text: Option<&str>| text.and_then(|text| text.parse::<u32>().ok()).unwrap_or(0);
-    let mut parts = release.split(['.', '-']);
-    let version = (number(parts.next()), number(parts.next()));
+    let release = system.release().to_string_lossy();
     let found = format!("Tranche {} on Linux {release}", env!("CARGO_PKG_VERSION"));
-    Finding::of("versions", version >= (5, 10), found, "Linux 5.10 is the oldest that is tested")
+    Finding::of("versions", kernel_version() >= (5, 10), found, "Linux 5.10 is the oldest that is tested")
 }
 
 fn cpu() -> Finding {

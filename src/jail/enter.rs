@@ -35,6 +35,7 @@ use rustix::thread::{CapabilitySet, CapabilitySets, set_capabilities, set_no_new
 use thiserror::Error;
 
 use super::lsm::Profiles;
+use super::tool::kernel_version;
 use super::{Cgroup, CgroupError, Layer, wire};
 use crate::config::JailLevel as Level;
 use crate::memory;
@@ -363,20 +364,14 @@ fn limit_resources(in_user_namespace: bool) -> Result<(), Failed> {
         return Err(step("ignore writes that are too large")(io::Error::last_os_error()));
     }
     // A dump has the guest's memory, and nobody it could be written for. Elsewhere, all threads of the user would count.
-    let threads = (in_user_namespace && counts_by_namespace()).then_some((Resource::Nproc, THREADS));
+    // Since Linux 5.14, they count in each user namespace by themselves.
+    let counts_here = in_user_namespace && kernel_version() >= (5, 14);
+    let threads = counts_here.then_some((Resource::Nproc, THREADS));
     for (resource, most) in [(Resource::Core, 0), (Resource::Msgqueue, 0)].into_iter().chain(threads) {
         let limit = Rlimit { current: Some(most), maximum: Some(most) };
         setrlimit(resource, limit).map_err(step("limit its resources"))?;
     }
     Ok(())
-}
-
-/// Since Linux 5.14, a user's threads count in each user namespace by themselves.
-fn counts_by_namespace() -> bool {
-    let system = rustix::system::uname();
-    let release = system.release().to_string_lossy();
-    let mut numbers = release.split(['.', '-']).map(|number| number.parse::<u32>().unwrap_or(0));
-    (numbers.next(), numbers.next()) >= (Some(5), Some(14))
 }
 
 /// Root's VMM is not root's any more.

@@ -32,7 +32,7 @@ pub use self::parent::{News, Parent};
 pub use self::policy::Policy;
 pub use self::seccomp::{confine as confine_thread, confine_opener, prepare_opener};
 pub use self::seen::{Seen, look_at};
-pub use self::tool::{ConfineError, confine_to_file, landlock_version};
+pub use self::tool::{ConfineError, confine_to_file, kernel_version, landlock_version};
 pub use self::wire::{Ask, Given};
 
 /// What a jail consists of, as far as a host may lack it.

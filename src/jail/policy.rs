@@ -6,7 +6,7 @@
 //! says what it has no use for any more, and does not get that again.
 
 use std::io;
-use std::path::{Component, Path, PathBuf};
+use std::path::{Component, Path};
 
 use crate::backend::{Deed, HostFile, HostFiles, OpenDirectly, Right};
 use crate::config::{NetBackend, SavedDisk, SavedNic, SavedVm};
@@ -68,11 +68,15 @@ impl Policy {
         self.named.push(rights);
     }
 
+    /// All that it has.
+    fn rights(&self) -> impl Iterator<Item = &Right> {
+        self.known.iter().chain(self.named.iter().flatten())
+    }
+
     /// May the VMM have this?
     pub fn allows(&mut self, wanted: Right) -> bool {
         let wanted = absolute(wanted);
-        let mut rights = self.known.iter().chain(self.named.iter().flatten());
-        let is_known = rights.any(|right| covers(right, &wanted));
+        let is_known = self.rights().any(|right| covers(right, &wanted));
         if !is_known && !self.is_frozen {
             self.known.push(wanted);
             return true;
@@ -126,12 +130,12 @@ impl Policy {
     }
 
     fn has(&self, wanted: &Right) -> bool {
-        self.known.iter().chain(self.named.iter().flatten()).any(|right| right == wanted)
+        self.rights().any(|right| right == wanted)
     }
 
     /// Has it a file, and to write to if need be?
     fn has_file(&self, path: &Path, read_only: bool) -> bool {
-        self.known.iter().chain(self.named.iter().flatten()).any(|right| match right {
+        self.rights().any(|right| match right {
             Right::Open(HostFile::Disk { path: known, read_only: is_read }) => known == path && (read_only || !is_read),
             // An image that was made for this VM.
             Right::Open(HostFile::New(known)) => known == path,
@@ -143,37 +147,9 @@ impl Policy {
 
 /// A right with paths that do not depend on where they are looked for: the VMM, its user and clients each have a way to
 /// say the same. All of theirs begin in the directory of this process.
-fn absolute(right: Right) -> Right {
-    let path = |path: PathBuf| OpenDirectly.absolute(&path);
-    match right {
-        Right::Open(file) => Right::Open(match file {
-            HostFile::Kvm | HostFile::Userfault | HostFile::VhostNet => file,
-            HostFile::BootFile(file) => HostFile::BootFile(path(file)),
-            HostFile::Disk { path: file, read_only } => HostFile::Disk { path: path(file), read_only },
-            HostFile::SerialOutput(file) => HostFile::SerialOutput(path(file)),
-            HostFile::Log(file) => HostFile::Log(path(file)),
-            HostFile::Read(file) => HostFile::Read(path(file)),
-            HostFile::New(file) => HostFile::New(path(file)),
-            HostFile::Replacement(file) => HostFile::Replacement(path(file)),
-            HostFile::Nameless(dir) => HostFile::Nameless(path(dir)),
-            HostFile::Place(place) => HostFile::Place(path(place)),
-        }),
-        Right::Perform(deed) => Right::Perform(match deed {
-            Deed::MakeDir(dir) => Deed::MakeDir(path(dir)),
-            Deed::Place { from, to } => Deed::Place { from: path(from), to: path(to) },
-            Deed::Replace { from, to } => Deed::Replace { from: path(from), to: path(to) },
-            Deed::ReplaceState { from, to } => Deed::ReplaceState { from: path(from), to: path(to) },
-            Deed::RemoveFile(file) => Deed::RemoveFile(path(file)),
-            Deed::RemoveTree(dir) => Deed::RemoveTree(path(dir)),
-            Deed::MakeReadOnly(file) => Deed::MakeReadOnly(path(file)),
-        }),
-        Right::Below(dir) => Right::Below(path(dir)),
-        Right::Link(file) => Right::Link(path(file)),
-        Right::Canonical(file) => Right::Canonical(path(file)),
-        Right::Listen(socket) => Right::Listen(path(socket)),
-        Right::Connect(socket) => Right::Connect(path(socket)),
-        Right::JoinTap(_) | Right::StartPasst(_) => right,
-    }
+fn absolute(mut right: Right) -> Right {
+    right.paths().into_iter().for_each(|path| *path = OpenDirectly.absolute(path));
+    right
 }
 
 /// Does who has a right have the other one too?
@@ -206,6 +182,7 @@ fn is_below(path: &Path, dir: &Path) -> bool {
 #[cfg(test)]
 mod tests {
     use super::*;
+    use std::path::PathBuf;
 
     fn disk(path: &str, read_only: bool) -> Right {
         Right::Open(HostFile::Disk { path: path.into(), read_only })

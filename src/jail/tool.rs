@@ -38,6 +38,15 @@ const MEMORY: u64 = 4 << 30;
 /// Most time of a CPU, in seconds.
 const CPU_TIME: u64 = 600;
 
+/// The first two numbers of the running kernel's version.
+#[must_use]
+pub fn kernel_version() -> (u32, u32) {
+    let system = rustix::system::uname();
+    let release = system.release().to_string_lossy();
+    let mut numbers = release.split(['.', '-']).map(|number| number.parse().unwrap_or(0));
+    (numbers.next().unwrap_or(0), numbers.next().unwrap_or(0))
+}
+
 /// The version of Landlock that the host's kernel has; none without.
 #[must_use]
 #[expect(unsafe_code, reason = "a system call that nobody has wrapped")]

@@ -72,6 +72,8 @@ pub struct Plan {
     /// What may not turn out well.
     pub warnings: Vec<String>,
     #[serde(skip)]
+    way: Way,
+    #[serde(skip)]
     pub target: Definition,
 }
 
@@ -86,6 +88,7 @@ impl Plan {
             changes: Vec::new(),
             host: HostLeft::look(),
             warnings: Vec::new(),
+            way,
             target: definition.clone(),
         };
         plan.plan_cpus(request);
@@ -97,7 +100,7 @@ impl Plan {
             plan.add_disk(disk)?;
         }
         for (id, size) in &request.disks {
-            plan.resize_disk(id, *size, way)?;
+            plan.resize_disk(id, *size)?;
         }
         if let Some(nics) = &request.nics {
             plan.change_nics(nics);
@@ -113,7 +116,7 @@ impl Plan {
 
     fn change(&mut self, what: &str, from: &dyn fmt::Display, to: &dyn fmt::Display, guest: String, undo: String) {
         let (what, from, to) = (what.to_owned(), from.to_string(), to.to_string());
-        self.changes.push(Change { what, from, to, needs_stop: true, guest, undo });
+        self.changes.push(Change { what, from, to, needs_stop: self.way != Way::Live, guest, undo });
     }
 
     fn plan_cpus(&mut self, request: &Request) {
@@ -176,8 +179,8 @@ impl Plan {
         Ok(())
     }
 
-    fn resize_disk(&mut self, id: &str, size: MemorySize, way: Way) -> Result<(), ResizeError> {
-        let index = self.position(id)?;
+    fn resize_disk(&mut self, id: &str, size: MemorySize) -> Result<(), ResizeError> {
+        let (index, way) = (self.position(id)?, self.way);
         let disk = self.target.vm.disks[index].clone();
         if disk.read_only {
             return Err(ResizeError::ReadOnly(id.to_owned()));
@@ -238,7 +241,6 @@ impl Plan {
             "no: it stays larger, with all that is on it"
         };
         self.change(&named(id), &MemorySize(from), &size, guest, undo.into());
-        self.changes.last_mut().into_iter().for_each(|change| change.needs_stop = way != Way::Live);
         Ok(())
     }
 

@@ -173,6 +173,15 @@ impl Scene {
         }
     }
 
+    /// Has threads of each of these kinds attempt all that there is, with their filters.
+    fn try_all(&self, run: impl Fn() -> Command, kernel: &Path, kinds: &[&str]) {
+        for attempt in ATTEMPTS {
+            for kind in kinds {
+                self.try_it(&mut run(), kernel, kind, attempt, strict_on(kind, attempt));
+            }
+        }
+    }
+
     /// Has a thread of a VM attempt something.
     fn try_it(&self, command: &mut Command, kernel: &Path, kind: &str, attempt: &Attempt, fate: Fate) {
         let disks = [self.file("own"), format!("{},ro", self.file("read-only"))];
@@ -247,27 +256,19 @@ fn strict_on(kind: &str, attempt: &Attempt) -> Fate {
 #[test]
 fn on_a_vcpus_thread() {
     let (scene, kernel) = (Scene::new(), guests().join("hello"));
-    for attempt in ATTEMPTS {
-        scene.try_it(&mut run(), &kernel, "vcpu", attempt, strict_on("vcpu", attempt));
-    }
+    scene.try_all(run, &kernel, &["vcpu"]);
 }
 
 #[test]
 fn on_the_owners_thread() {
     let (scene, kernel) = (Scene::new(), guests().join("hello"));
-    for attempt in ATTEMPTS {
-        scene.try_it(&mut run(), &kernel, "main", attempt, strict_on("main", attempt));
-    }
+    scene.try_all(run, &kernel, &["main"]);
 }
 
 #[test]
 fn on_a_devices_thread_and_on_the_apis() {
     let (scene, kernel) = (Scene::new(), guests().join("hello"));
-    for attempt in ATTEMPTS {
-        for kind in ["io", "api"] {
-            scene.try_it(&mut run(), &kernel, kind, attempt, strict_on(kind, attempt));
-        }
-    }
+    scene.try_all(run, &kernel, &["io", "api"]);
 }
 
 #[test]
@@ -286,10 +287,8 @@ fn of_an_ordinary_users_vmm() {
     let (scene, nobody) = (Scene::new(), Nobody::new());
     scene.open_to_all();
     let kernel = nobody.kernel();
+    scene.try_all(|| nobody.run(&[]), &kernel, &KINDS);
     for attempt in ATTEMPTS {
-        for kind in KINDS {
-            scene.try_it(&mut nobody.run(&[]), &kernel, kind, attempt, strict_on(kind, attempt));
-        }
         let mut unfiltered = nobody.run(&[]);
         unfiltered.env("TRANCHE_ATTACK_UNFILTERED", "1");
         scene.try_it(&mut unfiltered, &kernel, "main", attempt, attempt.unfiltered);
@@ -304,13 +303,7 @@ fn in_a_jail_that_lacks_namespaces() {
     }
     let (scene, nobody) = (Scene::new(), Nobody::new());
     scene.open_to_all();
-    let kernel = nobody.kernel();
-    for attempt in ATTEMPTS {
-        for kind in KINDS {
-            let mut run = nobody.run_without_user_namespaces("compat");
-            scene.try_it(&mut run, &kernel, kind, attempt, strict_on(kind, attempt));
-        }
-    }
+    scene.try_all(|| nobody.run_without_user_namespaces("compat"), &nobody.kernel(), &KINDS);
 }
 
 /// Else the table would say nothing: all of this works where there is no jail.
