@@ -2,7 +2,7 @@
 
 use std::collections::BTreeMap;
 use std::fs;
-use std::io::{Read, Write};
+use std::io::{BufRead, BufReader, Write};
 use std::os::unix::net::UnixStream;
 use std::path::{Path, PathBuf};
 use std::process::Command;
@@ -74,12 +74,14 @@ fn works(console: &Path, worker: &mut Worker, letters: &str) {
     worker.recall(letters);
     worker.recall("s");
     stream.write_all(format!("{letters}s").as_bytes()).unwrap();
-    let (wanted, mut said) = (worker.says(), Vec::new());
-    while !said.ends_with(wanted.as_bytes()) {
-        let mut chunk = [0; 256];
-        let count = stream.read(&mut chunk).unwrap_or(0);
-        assert!(count > 0, "{wanted:?} wanted, got {:?}", String::from_utf8_lossy(&said));
-        said.extend_from_slice(&chunk[..count]);
+    let (wanted, mut said) = (worker.says(), String::new());
+    let mut stream = BufReader::new(stream);
+    while !said.ends_with(&wanted) {
+        let read = stream.read_line(&mut said);
+        if !matches!(read, Ok(1..)) {
+            let log = fs::read_to_string(console.with_extension("log"));
+            panic!("{wanted:?} wanted of {}, got {said:?}, then {read:?}; its log: {log:?}", console.display());
+        }
     }
 }
 
