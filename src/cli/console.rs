@@ -2,14 +2,15 @@
 //! a client is slow.
 
 use std::fs::File;
-use std::io::{self, Read, Write};
+use std::io::{self, Write};
 use std::os::fd::{AsFd, AsRawFd, RawFd};
-use std::os::unix::net::UnixListener;
+use std::os::unix::net::{UnixListener, UnixStream};
 use std::path::PathBuf;
 use std::sync::Arc;
 use std::time::{Duration, Instant};
 
 use rustix::event::{PollFd, PollFlags, Timespec, poll};
+use rustix::io::Errno;
 use vmm_sys_util::epoll::EventSet;
 
 use super::escape::{self, Action, EscapeFilter};
@@ -53,7 +54,7 @@ pub struct Input {
 enum Source {
     Nothing,
     Stdin { file: File, terminal: bool },
-    Socket { listener: UnixListener, client: Option<File>, file: (PathBuf, Arc<dyn HostFiles>) },
+    Socket { listener: UnixListener, client: Option<Arc<UnixStream>>, file: (PathBuf, Arc<dyn HostFiles>) },
 }
 
 impl Console {
@@ -142,16 +143,14 @@ impl Console {
     fn read_input(&mut self, serial: &SerialPort) -> Option<Action> {
         let mut keys = [0; 1024];
         let takes_input = self.takes_input();
-        let (file, terminal) = match &mut self.source {
-            Source::Stdin { file, terminal } => (file, *terminal),
-            Source::Socket { client: Some(client), .. } if takes_input => (client, false),
+        let (file, terminal) = match &self.source {
+            Source::Stdin { file, terminal } => (file.as_fd(), *terminal),
+            Source::Socket { client: Some(client), .. } if takes_input => (client.as_fd(), false),
             _ => return None,
         };
-        let count = match file.read(&mut keys) {
+        let count = match rustix::io::read(file, &mut keys) {
             Ok(count) => count,
-            Err(error) if [io::ErrorKind::WouldBlock, io::ErrorKind::Interrupted].contains(&error.kind()) => {
-                return None;
-            }
+            Err(Errno::AGAIN | Errno::INTR) => return None,
             Err(_) => 0,
         };
         if count == 0 {
@@ -215,9 +214,9 @@ impl Console {
         while let Source::Socket { listener, client, .. } = &mut self.source
             && let Ok((stream, _)) = listener.accept()
             && stream.set_nonblocking(true).is_ok()
-            && let Ok(input) = stream.try_clone()
         {
-            *client = Some(File::from(std::os::fd::OwnedFd::from(input)));
+            let stream = Arc::new(stream);
+            *client = Some(stream.clone());
             self.pending.clear();
             (self.ended, self.output_waits) = (false, false);
             self.generation = self.generation.wrapping_add(1);

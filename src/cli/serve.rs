@@ -115,7 +115,7 @@ fn serve_until(
                 // What has built it is not needed any more; before, it would be in the way of the first answers.
                 release_startup_code();
             }
-            ready = input.follow(console.input(), &epoll)?;
+            ready = input.follow(console.input(), &epoll);
         }
         let timeout = if ready {
             0
@@ -209,20 +209,21 @@ struct InputWatch {
 
 impl InputWatch {
     /// Returns whether the input is to be read without waiting.
-    fn follow(&mut self, wanted: Option<Input>, epoll: &Epoll) -> io::Result<bool> {
+    fn follow(&mut self, wanted: Option<Input>, epoll: &Epoll) -> bool {
         if wanted == self.watched {
-            return Ok(false);
+            return false;
         }
         if let Some(old) = self.watched.take() {
             // It fails for a client that another one has replaced: closed everywhere, it has left by itself.
             let _ = epoll.ctl(ControlOperation::Delete, old.fd, EpollEvent::default());
         }
-        let Some(new) = wanted else { return Ok(false) };
+        let Some(new) = wanted else { return false };
         match epoll.ctl(ControlOperation::Add, new.fd, EpollEvent::new(new.events, INPUT)) {
-            Ok(()) => self.watched = wanted,
-            Err(error) if error.kind() == io::ErrorKind::PermissionDenied => return Ok(true),
-            Err(error) => return Err(error),
+            Err(error) if error.kind() == io::ErrorKind::PermissionDenied => return true,
+            Err(error) => tracing::warn!("the console has no input: it cannot be waited for: {error}"),
+            Ok(()) => {}
         }
-        Ok(false)
+        self.watched = wanted;
+        false
     }
 }

@@ -30,7 +30,8 @@ const BACKLOG: usize = 64 << 10;
 /// A client of the socket, which takes no byte while it does not read: one that comes alone costs a socket as much room as a
 /// thousand together.
 pub struct Client {
-    stream: UnixStream,
+    /// Its input is read elsewhere.
+    stream: Arc<UnixStream>,
     backlog: Vec<u8>,
 }
 
@@ -38,7 +39,7 @@ impl Client {
     /// Sends what waits, as far as the socket takes it.
     fn flush(&mut self) -> io::Result<()> {
         while !self.backlog.is_empty() {
-            match self.stream.write(&self.backlog) {
+            match (&*self.stream).write(&self.backlog) {
                 Ok(count) => drop(self.backlog.drain(..count)),
                 Err(error) if error.kind() == io::ErrorKind::WouldBlock => break,
                 Err(error) => return Err(error),
@@ -251,7 +252,7 @@ impl SerialPort {
     }
 
     /// Sends output to a new client of the socket, which does not block, instead of the one before.
-    pub fn connect(&self, stream: UnixStream) {
+    pub fn connect(&self, stream: Arc<UnixStream>) {
         let client = Client { stream, backlog: Vec::new() };
         self.uart.lock().unwrap_or_else(PoisonError::into_inner).writer_mut().to = SerialOutput::Socket(Some(client));
     }

@@ -79,6 +79,8 @@ fn works(console: &Path, worker: &mut Worker, letters: &str) {
     while !said.ends_with(&wanted) {
         let read = stream.read_line(&mut said);
         if !matches!(read, Ok(1..)) {
+            // What has ended it is written down after its console is gone.
+            std::thread::sleep(Duration::from_secs(2));
             let log = fs::read_to_string(console.with_extension("log"));
             panic!("{wanted:?} wanted of {}, got {said:?}, then {read:?}; its log: {log:?}", console.display());
         }

@@ -6,6 +6,7 @@ use std::process::{Child, Command, Stdio};
 use std::time::{Duration, Instant};
 
 use rustix::process::Signal;
+use rustix::thread::{CpuSet, sched_getaffinity, sched_setaffinity};
 use tempfile::TempDir;
 use tranche::api::client::Client;
 
@@ -68,12 +69,32 @@ const USE_DISK: &str = "while :; do dd if=/dev/urandom of=$(disk own) bs=64k cou
     dd if=$(disk own) of=/dev/null bs=64k iflag=direct 2> /dev/null; done &";
 const BURN: &str = "for cpu in $(seq $(nproc)); do while :; do :; done & done; echo BURNS";
 
+/// What is started as long as this is there has but one of the host's CPUs, and so has to share it.
+struct OneCpu(CpuSet);
+
+impl OneCpu {
+    fn take() -> Self {
+        let before = sched_getaffinity(None).unwrap();
+        let mut one = CpuSet::new();
+        one.set((0..CpuSet::MAX_CPU).find(|&cpu| before.is_set(cpu)).unwrap());
+        sched_setaffinity(None, &one).unwrap();
+        Self(before)
+    }
+}
+
+impl Drop for OneCpu {
+    fn drop(&mut self) {
+        let _ = sched_setaffinity(None, &self.0);
+    }
+}
+
 #[test]
 fn a_guest_that_burns_everything_leaves_its_neighbour_its_share() {
     if !has_groups() {
         return;
     }
     fs::write(Path::new(GROUPS).join("cgroup.subtree_control"), "+pids").unwrap();
+    let _one = OneCpu::take();
     let mut greedy = Guest::new("cloud").arg("--cpus", "6").arg("--cpu-weight", "100");
     greedy.command.args(["--memory", "512M", "--memory-limit", "700M", "--io-limit", "20M"]);
     let mut modest = Guest::beside("cloud").arg("--cpus", "2").arg("--cpu-weight", "100");

@@ -4,6 +4,8 @@ use std::os::unix::net::UnixDatagram;
 use std::path::Path;
 use std::process::Command;
 
+use rustix::io::retry_on_intr;
+use rustix::net::{RecvFlags, recv};
 use rustix::process::Signal;
 use serde_json::Value;
 
@@ -22,7 +24,7 @@ fn a_service_manager_hears_when_it_runs_and_how_it_ended() {
     let mut command = home.command(&["start", "--foreground", "a"]);
     let service = Running::start(command.env("NOTIFY_SOCKET", &socket));
     let mut said = [0; 64];
-    let count = manager.recv(&mut said).unwrap();
+    let (count, _) = retry_on_intr(|| recv(&manager, &mut said[..], RecvFlags::empty())).unwrap();
     assert_eq!(&said[..count], b"READY=1");
     assert_eq!(home.state("a"), "running");
     assert_eq!(home.pid("a"), i32::try_from(service.child.id()).unwrap(), "it is the VM itself");

@@ -99,7 +99,7 @@ fn a_client_of_the_socket_may_take_its_time() {
     let mut said = Vec::new();
     while !said.ends_with(&input) {
         let mut some = [0; 4096];
-        let count = client.read(&mut some).unwrap();
+        let count = rustix::io::retry_on_intr(|| rustix::io::read(&client, &mut some)).unwrap();
         assert!(count > 0, "it ends after {} bytes", said.len());
         said.extend_from_slice(&some[..count]);
         assert!(said.len() < input.len() + 1000, "something is lost");
