@@ -227,3 +227,28 @@ impl InputWatch {
         false
     }
 }
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+    use std::fs::File;
+    use std::os::fd::OwnedFd;
+    use std::os::unix::net::UnixStream;
+
+    #[test]
+    fn a_console_that_cannot_be_watched_is_no_end() {
+        let (ours, _theirs) = UnixStream::pair().unwrap();
+        let console = Console::of_keys(File::from(OwnedFd::from(ours)));
+        let (epoll, input) = (Epoll::new().unwrap(), console.input());
+        // It is watched already, so that it cannot be.
+        let watched = EpollEvent::new(EventSet::IN, INPUT);
+        epoll.ctl(ControlOperation::Add, input.unwrap().fd, watched).unwrap();
+        let mut watch = InputWatch::default();
+        assert!(!watch.follow(input, &epoll));
+        assert_eq!(watch.watched, input, "it is not tried again and again");
+        // The next one is.
+        assert!(!watch.follow(None, &epoll));
+        assert!(!watch.follow(input, &epoll));
+        assert_eq!(epoll.ctl(ControlOperation::Modify, input.unwrap().fd, watched).ok(), Some(()));
+    }
+}
