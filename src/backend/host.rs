@@ -122,7 +122,7 @@ pub enum Right {
 
 impl Right {
     /// The paths that it is about.
-    pub fn paths(&mut self) -> Vec<&mut PathBuf> {
+    pub fn paths_mut(&mut self) -> Vec<&mut PathBuf> {
         match self {
             Self::Open(HostFile::Kvm | HostFile::Userfault | HostFile::VhostNet)
             | Self::JoinTap(_)

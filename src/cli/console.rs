@@ -11,6 +11,7 @@ use std::time::{Duration, Instant};
 
 use rustix::event::{PollFd, PollFlags, Timespec, poll};
 use rustix::io::Errno;
+use rustix::net::{SocketFlags, accept_with};
 use vmm_sys_util::epoll::EventSet;
 
 use super::escape::{self, Action, EscapeFilter};
@@ -212,10 +213,9 @@ impl Console {
     /// next one comes.
     pub fn accept(&mut self, serial: &SerialPort) {
         while let Source::Socket { listener, client, .. } = &mut self.source
-            && let Ok((stream, _)) = listener.accept()
-            && stream.set_nonblocking(true).is_ok()
+            && let Ok(stream) = accept_with(listener, SocketFlags::CLOEXEC | SocketFlags::NONBLOCK)
         {
-            let stream = Arc::new(stream);
+            let stream = Arc::new(UnixStream::from(stream));
             *client = Some(stream.clone());
             self.pending.clear();
             (self.ended, self.output_waits) = (false, false);

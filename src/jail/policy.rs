@@ -148,7 +148,7 @@ impl Policy {
 /// A right with paths that do not depend on where they are looked for: the VMM, its user and clients each have a way to
 /// say the same. All of theirs begin in the directory of this process.
 fn absolute(mut right: Right) -> Right {
-    right.paths().into_iter().for_each(|path| *path = OpenDirectly.absolute(path));
+    right.paths_mut().into_iter().for_each(|path| *path = OpenDirectly.absolute(path));
     right
 }
 
